@@ -45,8 +45,10 @@ class RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last  # mixed layouts are slow
         with torch.autocast(x.device.type, enabled=False):
-            normed, grad, wide = x * scale, at_least_fp32(grad), at_least_fp32(weight)
+            grad = at_least_fp32(grad).contiguous(memory_format=layout)
+            normed, wide = x * scale, at_least_fp32(weight)
             product = grad * normed
             grad_weight, grad_bias = product.sum((0, 2, 3)), grad.sum((0, 2, 3))
             mean = torch.matmul(wide.view(1, -1) / x.shape[1], product.flatten(2)).view_as(scale)
