@@ -1,0 +1,1 @@
+"""Applications: the pipeline under its documented import path, and the Gradio demo."""

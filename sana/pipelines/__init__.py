@@ -1,0 +1,1 @@
+"""From prompts to picture files. No network layer and no sampler formula is here."""

@@ -1,0 +1,1 @@
+"""Tests. Their layout mirrors the packages they test."""

@@ -1,0 +1,1 @@
+"""Our numbers against recorded reference numbers. The data and its origin: data/README.md."""

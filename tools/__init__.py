@@ -1,0 +1,1 @@
+"""Converters, caches and metrics that a maintainer runs."""
