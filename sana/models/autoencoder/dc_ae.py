@@ -185,3 +185,47 @@ class DCAE(Autoencoder):
 
     def raw_decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
+
+
+def _sana_f32() -> DCAEConfig:
+    blocks = ("ResBlock",) * 3 + ("EViTS5_GLU",) * 3
+    return DCAEConfig(
+        encoder_depth_list=(2, 2, 2, 3, 3, 3),
+        encoder_block_type=blocks,
+        downsample_block_type="Conv",
+        decoder_depth_list=(3, 3, 3, 3, 3, 3),
+        decoder_block_type=blocks,
+        upsample_block_type="InterpolateConv",
+        scaling_factor=0.41407,
+    )
+
+
+def _imagenet(latent_channels: int, deep_widths: tuple[int, ...], scaling_factor: float) -> DCAEConfig:
+    widths = (128, 256, 512, 512, 1024, 1024, *deep_widths)
+    attention = len(widths) - 3
+    blocks = ("ResBlock",) * 3 + ("EViT_GLU",) * attention
+    return DCAEConfig(
+        latent_channels=latent_channels,
+        encoder_width_list=widths,
+        encoder_depth_list=(0, 4, 8) + (2,) * attention,
+        encoder_block_type=blocks,
+        decoder_width_list=widths,
+        decoder_depth_list=(0, 5, 10) + (2,) * attention,
+        decoder_block_type=blocks,
+        decoder_norm=("bn2d",) * 3 + ("trms2d",) * attention,
+        decoder_act=("relu",) * 3 + ("silu",) * attention,
+        scaling_factor=scaling_factor,
+    )
+
+
+# The released autoencoders by name. In the original format only the name is stored, so the scaling factors stand here.
+DCAE_PRESETS = {
+    "dc-ae-f32c32-sana-1.0": _sana_f32(),
+    "dc-ae-f32c32-sana-1.1": _sana_f32(),
+    "dc-ae-f32c32-in-1.0": _imagenet(32, (), 0.3189),
+    "dc-ae-f32c32-mix-1.0": _imagenet(32, (), 0.4552),
+    "dc-ae-f64c128-in-1.0": _imagenet(128, (2048,), 0.2889),
+    "dc-ae-f64c128-mix-1.0": _imagenet(128, (2048,), 0.4538),
+    "dc-ae-f128c512-in-1.0": _imagenet(512, (2048, 2048), 0.4883),
+    "dc-ae-f128c512-mix-1.0": _imagenet(512, (2048, 2048), 0.362),
+}

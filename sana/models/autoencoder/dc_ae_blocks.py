@@ -6,6 +6,7 @@ Attribute names follow mit-han-lab/efficientvit, because they are the state-dict
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -329,6 +330,18 @@ class ChannelDuplicate(nn.Module):
         return F.pixel_shuffle(x, self.factor) if self.factor > 1 else x
 
 
+def attention_scales(block_type: str) -> tuple[int, ...]:
+    """Kernel sizes in the name of an EfficientViT block: () of `EViT_GLU`, (5,) of `EViTS5_GLU`.
+
+    Raises:
+        ValueError: the name is no such block.
+    """
+    match = re.fullmatch(r"EViT((?:S\d*[13579])*)_GLU", block_type)
+    if match is None:
+        raise ValueError(f"unknown block type {block_type!r}: allowed are ResBlock, EViT_GLU and EViTS5_GLU")
+    return tuple(int(kernel) for kernel in match[1].split("S")[1:])
+
+
 def build_block(block_type: str, channels: int, *, head_dim: int, norm: str | None, act: str | None) -> nn.Module:
     """One block of a stage: `ResBlock`, `EViT_GLU` or `EViTS5_GLU` (one extra 5x5 scale).
 
@@ -337,9 +350,7 @@ def build_block(block_type: str, channels: int, *, head_dim: int, norm: str | No
     """
     if block_type == "ResBlock":
         return ResidualBlock(ResBlock(channels, norm=norm, act=act))
-    scales = {"EViT_GLU": (), "EViTS5_GLU": (5,)}.get(block_type)
-    if scales is None:
-        raise ValueError(f"unknown block type {block_type!r}: allowed are ResBlock, EViT_GLU, EViTS5_GLU")
+    scales = attention_scales(block_type)
     return EfficientViTBlock(channels, head_dim=head_dim, scales=scales, norm=norm, act=act)
 
 
