@@ -1,0 +1,1 @@
+"""Modules that several models use. A module used by one model stays with that model."""

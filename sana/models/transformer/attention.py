@@ -1,0 +1,215 @@
+"""Self-attention (linear and softmax) and cross-attention on captions. Norms, gates and residuals are in `block.py`."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana.models.layers.norms import RMSNorm
+from sana.models.transformer.position import Rotary, apply_rotary
+from sana.ops.linear_attention.reference import linear_attention
+
+FP16_MAX = 65504.0
+
+
+class SelfAttention(nn.Module):
+    """What all kinds of self-attention share: projections, heads, and identity attention for the last rows.
+
+    Args:
+        dim: width D of the tokens.
+        num_heads: number h of heads.
+        qkv_bias: whether the input projection has a bias.
+        clip_fp16: whether the output is clipped to +-65504, which is trained into checkpoints of float16 lineage.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, clip_fp16: bool = False) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} must be a multiple of the number of heads {num_heads}.")
+        self.num_heads = num_heads
+        self.clip_fp16 = clip_fp16
+        self.fp32_attention = False
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None, identity_rows: int = 0) -> Tensor:
+        """Mixes tokens of each row.
+
+        Args:
+            x: (B, N, D).
+            rotary: angles of the N positions, or None.
+            identity_rows: so many rows at the END of the batch use the identity instead of the attention map, the
+                perturbed branch of PAG (Ahn et al. 2024): proj(W_v x).
+
+        Returns:
+            (B, N, D), dtype of `x`.
+        """
+        attending = x.shape[0] - identity_rows
+        parts = []
+        if attending:
+            parts.append(self._attend(x[:attending] if identity_rows else x, rotary))
+        if identity_rows:
+            parts.append(self._project_value(x[attending:]))
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
+        out = self.proj(mixed)
+        return out.clamp(-FP16_MAX, FP16_MAX) if self.clip_fp16 else out
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary | None) -> Tensor:
+        """(B, h, N, d) three times -> (B, h, N, d)."""
+        raise NotImplementedError
+
+    def _attend(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, dim=-1)  # (B, N, D) each
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        dtype = value.dtype
+        if self.fp32_attention:
+            query, key, value = query.float(), key.float(), value.float()
+        with _autocast_off(x) if self.fp32_attention else contextlib.nullcontext():
+            out = self.attend(*(self._heads(tensor) for tensor in (query, key, value)), rotary)
+        return out.to(dtype).transpose(1, 2).flatten(2)  # (B, N, D)
+
+    def _project_value(self, x: Tensor) -> Tensor:
+        width = self.qkv.out_features // 3
+        bias = None if self.qkv.bias is None else self.qkv.bias[2 * width :]
+        return F.linear(x, self.qkv.weight[2 * width :], bias)
+
+    def _heads(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d)
+
+
+class LinearAttention(SelfAttention):
+    """ReLU linear attention (Sana, section 2.2; official `LiteLA`).
+
+    Args:
+        dim: width D of the tokens.
+        num_heads: number h of heads.
+        eps: added to the denominator.
+        qk_norm: RMSNorm of queries and keys over ALL heads.
+        norm_eps: eps of those norms.
+        clip_fp16: see `SelfAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        eps: float = 1e-8,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+        clip_fp16: bool = False,
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias=False, clip_fp16=clip_fp16)
+        self.eps = eps
+        if qk_norm:
+            self.q_norm = RMSNorm(dim, eps=norm_eps)
+            self.k_norm = RMSNorm(dim, eps=norm_eps)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary | None) -> Tensor:
+        query, key = F.relu(query), F.relu(key)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        return linear_attention(query, key, value, self.eps)
+
+
+class SoftmaxAttention(SelfAttention):
+    """Softmax attention through PyTorch's fused kernel (`attn_type` "flash" and "vanilla").
+
+    Args:
+        dim: width D of the tokens.
+        num_heads: number h of heads.
+        qk_norm: LayerNorm, with bias, of queries and keys over all heads.
+        clip_fp16: see `SelfAttention`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, clip_fp16: bool = False) -> None:
+        super().__init__(dim, num_heads, qkv_bias=True, clip_fp16=clip_fp16)
+        if qk_norm:
+            self.q_norm = nn.LayerNorm(dim)
+            self.k_norm = nn.LayerNorm(dim)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary | None) -> Tensor:
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of image tokens on text tokens (official `MultiHeadCrossAttention`).
+
+    Args:
+        dim: width D of the tokens.
+        num_heads: number h of heads.
+        qk_norm: RMSNorm of queries and keys over all heads.
+        norm_eps: eps of those norms.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} must be a multiple of the number of heads {num_heads}.")
+        self.num_heads = num_heads
+        self.fp32_attention = False
+        self.q_linear = nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(dim, 2 * dim)
+        self.q_norm = RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, cond: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Reads the text.
+
+        Args:
+            x: (B, N, D) image tokens.
+            cond: (B, L, D) or (B, 1, L, D) text tokens.
+            mask: None, or (B, L) with non-zero for tokens that may be read. A row of zeros means that no token is
+                preferred: all are read, as the official bias of -10000 on every logit has it.
+
+        Returns:
+            (B, N, D), dtype of `x`.
+        """
+        if cond.dim() == 4:
+            cond = cond.squeeze(1)
+        query = self.q_norm(self.q_linear(x))
+        key, value = self.kv_linear(cond).chunk(2, dim=-1)
+        key = self.k_norm(key)
+        query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+        bias = None if mask is None else readable_tokens(mask)[:, None, None, :]  # (B, 1, 1, L)
+        if self.fp32_attention:
+            query, key, value = query.float(), key.float(), value.float()
+        with _autocast_off(x) if self.fp32_attention else contextlib.nullcontext():
+            out = self.attend(query, key, value, bias)
+        return self.proj(out.to(x.dtype).transpose(1, 2).flatten(2))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, h, N, d), (B, h, L, d) twice, boolean (B, 1, 1, L) -> (B, h, N, d)."""
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class VanillaCrossAttention(CrossAttention):
+    """`CrossAttention` as plain products, which `torch.func.jvp` accepts (`MultiHeadCrossVallinaAttention`)."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, h, N, L)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _autocast_off(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def readable_tokens(mask: Tensor) -> Tensor:
+    """(B, L) numbers -> (B, L) booleans; a row without any readable token becomes all True."""
+    readable = mask != 0
+    return readable | ~readable.any(dim=-1, keepdim=True)
+
+
+def set_fp32_attention(model: nn.Module, enabled: bool = True) -> None:
+    """Makes every attention of a model compute its products in float32, whatever the dtype of the weights."""
+    for module in model.modules():
+        if isinstance(module, (SelfAttention, CrossAttention)):
+            module.fp32_attention = enabled

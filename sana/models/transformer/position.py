@@ -1,0 +1,90 @@
+"""Position embeddings: 2-D sine-cosine tables and rotary angles. Every function depends on height AND width."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, (N, d) each
+ROPE_THETA = 10000.0
+
+
+def sincos_2d(dim: int, grid: tuple[int, int], pe_interpolation: float = 1.0, base_size: int = 16) -> np.ndarray:
+    """Fixed sine-cosine embedding of a grid (PixArt, DiT), scaled so that `base_size` positions fill each axis.
+
+    Args:
+        dim: width D, a multiple of 4. The first half encodes the column, the second half the row.
+        grid: (H, W) in tokens.
+        pe_interpolation: divisor of all positions.
+        base_size: number of tokens per side that the model was made for.
+
+    Returns:
+        (H * W, D) float64, row-major.
+    """
+    if dim % 4:
+        raise ValueError(f"the sincos position embedding needs a width that is a multiple of 4, not {dim}.")
+    height, width = grid
+    # The official code makes float32 positions and widens them in the outer product with the float64 frequencies.
+    rows = np.arange(height, dtype=np.float32) / (height / base_size) / pe_interpolation
+    columns = np.arange(width, dtype=np.float32) / (width / base_size) / pe_interpolation
+    column_grid, row_grid = np.meshgrid(columns, rows)  # (H, W) each
+    return np.concatenate([_sincos_1d(dim // 2, column_grid), _sincos_1d(dim // 2, row_grid)], axis=1)
+
+
+def _sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
+    frequencies = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
+    angles = np.outer(positions.reshape(-1), frequencies)  # (N, dim / 2)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+@lru_cache(maxsize=16)
+def sincos_table(dim: int, grid: tuple[int, int], pe_interpolation: float, base_size: int) -> Tensor:
+    """`sincos_2d` as a float32 CPU tensor (1, N, D). The key is the whole grid, never the number of tokens."""
+    return torch.from_numpy(sincos_2d(dim, grid, pe_interpolation, base_size)).float().unsqueeze(0)
+
+
+def rotary_axes(head_dim: int) -> tuple[int, int, int]:
+    """Splits a head over (frame, row, column): an image has one frame, so rows and columns get half each."""
+    if head_dim % 4:
+        raise ValueError(f"rotary embedding needs a head dimension that is a multiple of 4, not {head_dim}.")
+    return 0, head_dim // 2, head_dim // 2
+
+
+@lru_cache(maxsize=16)
+def rotary_table(axes: tuple[int, int, int], grid: tuple[int, int], pe_interpolation: float = 1.0) -> Rotary:
+    """Cosines and sines of the rotary embedding of a grid (Su et al. 2021, per axis as in FLUX).
+
+    Args:
+        axes: even widths for frame, row and column; their sum is the head dimension d.
+        grid: (H, W) in tokens.
+        pe_interpolation: divisor of all positions.
+
+    Returns:
+        Two float32 CPU tensors (N, d); neighbouring pairs of channels share an angle.
+    """
+    height, width = grid
+    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float64).repeat(height)
+    angles = []
+    for dim, positions in zip(axes, (torch.zeros_like(rows), rows, columns), strict=True):
+        frequencies = ROPE_THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))
+        angles.append(torch.outer(positions / pe_interpolation, frequencies).repeat_interleave(2, dim=1))
+    angle = torch.cat(angles, dim=1)  # (N, d)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotates neighbouring pairs of channels by their position's angle.
+
+    Args:
+        x: (B, h, N, d).
+        rotary: cosines and sines (N, d).
+
+    Returns:
+        (B, h, N, d), dtype of `x`; the rotation is done in float32.
+    """
+    cosines, sines = rotary
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # (B, h, N, d)
+    return (x.float() * cosines + turned * sines).to(x.dtype)

@@ -1,0 +1,1 @@
+"""The operator `linear_attention`; `reference.py` is its equation in plain PyTorch."""

@@ -1,0 +1,41 @@
+"""Root-mean-square normalisation in plain PyTorch with float32 accumulation. The owner of the weight is not here."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scales the last axis to unit root mean square, in float32, then multiplies by `weight` (Zhang and Sennrich 2019).
+
+    Args:
+        x: (..., D), any floating dtype.
+        weight: (D,).
+        eps: added to the mean square.
+
+    Returns:
+        (..., D), dtype of `x`.
+    """
+    normed = F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
+    return normed.to(x.dtype)
+
+
+def rms_norm_2d(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Scales the channel axis of an image tensor to unit root mean square at every pixel, then applies weight and bias.
+
+    Args:
+        x: (B, C, H, W), any floating dtype.
+        weight: (C,), or None for no scaling.
+        bias: (C,), or None for no shift.
+        eps: added to the mean square.
+
+    Returns:
+        (B, C, H, W), dtype and memory format of `x`.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + eps)
+    if weight is not None:
+        normed = normed * weight.float().view(1, -1, 1, 1)
+    if bias is not None:
+        normed = normed + bias.float().view(1, -1, 1, 1)
+    return normed.to(x.dtype)
