@@ -126,7 +126,10 @@ def _request(url: str, part: Path) -> bool:
         if kind == "text/html" and not url.endswith((".html", ".htm")):
             raise FetchError(f"Could not fetch {url}: the server sent a web page, not a file.")
         remote = _Remote(response.headers.get("ETag"), response.headers.get("Last-Modified"), _total_size(response))
-        resumed = response.status == 206 and _range_start(response) == start
+        resumed = response.status == 206
+        if resumed and _range_start(response) != start:
+            part.unlink()
+            raise ConnectionError("the server sent another range than asked for")
         _note(part).write_text(json.dumps(asdict(remote)))
         with part.open("ab" if resumed else "wb") as file:
             while chunk := response.read(CHUNK):

@@ -220,9 +220,10 @@ def _patterns_for(hub: HubReference, variant: str | None) -> list[str]:
         return cached_only
     try:
         files = HfApi().list_repo_files(hub.repo_id, revision=hub.revision)
-    except HfHubHTTPError:
-        raise
-    except OSError as error:
+    except Exception as error:
+        answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+        if answered or isinstance(error, ValueError):  # the hub, or the client, refuses: no cache can help
+            raise
         logger.warning("could not list %s (%s); looking in the cache", hub, error)
         return cached_only
     return select_variant([file for file in files if file.startswith(prefix)], variant)
