@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sana.config import SanaConfig
     from sana.models.autoencoder.base import Autoencoder
     from sana.models.text_encoder.base import TextEncoder
+    from sana.models.text_encoder.precomputed import PrecomputedTextEncoder
     from sana.models.transformer.sana import Sana
 
 _SANA = "sana.models.transformer.sana"
@@ -43,12 +44,22 @@ TRANSFORMERS = Registry(
 AUTOENCODERS = Registry(
     "autoencoder",
     {
-        "AutoencoderDC": "sana.models.autoencoder.dc_ae:load_autoencoder",
-        "dc-ae": "sana.models.autoencoder.dc_ae:load_autoencoder",
-        "AutoencoderKL": "sana.models.autoencoder.kl:load_autoencoder_kl",
+        "AutoencoderDC": "sana.models.autoencoder.dc_ae:DCAE",
+        "dc-ae": "sana.models.autoencoder.dc_ae:DCAE",
+        "AutoencoderKL": "sana.models.autoencoder.kl:KLAutoencoder",
+        "sdxl": "sana.models.autoencoder.kl:KLAutoencoder",
+        "sd3": "sana.models.autoencoder.kl:KLAutoencoder",
     },
 )
-TEXT_ENCODERS = Registry("text encoder", {})
+TEXT_ENCODERS = Registry(  # by the model_type of transformers; official names are in text_encoder/load.py
+    "text encoder",
+    {
+        "gemma": "sana.models.text_encoder.gemma:GemmaTextEncoder",
+        "gemma2": "sana.models.text_encoder.gemma:Gemma2TextEncoder",
+        "qwen2": "sana.models.text_encoder.qwen:Qwen2TextEncoder",
+        "t5": "sana.models.text_encoder.t5:T5TextEncoder",
+    },
+)
 
 
 def build_transformer(config: "SanaConfig", **overrides: object) -> "Sana":
@@ -107,31 +118,56 @@ def transformer_arguments(config: "SanaConfig") -> dict[str, object]:
 
 
 def build_autoencoder(config: "SanaConfig", *, dtype: "torch.dtype | None" = None) -> "Autoencoder":
-    """Loads the autoencoder that `config.vae` names.
+    """Loads the autoencoder that `config.vae` names, in eval mode on the CPU.
 
     Args:
         config: the whole config; its section vae is read.
         dtype: dtype of the weights; None takes `vae.weight_dtype`.
+
+    Raises:
+        ValueError: what was loaded is not what the config's vae section describes.
+        CheckpointError: the folder is no autoencoder.
+        FetchError: it could not be had.
     """
+    from sana.models.autoencoder.loading import load_autoencoder
     from sana.utils.dtype import parse_dtype
 
-    load = AUTOENCODERS[config.vae.vae_type]
-    return load(config.vae.vae_pretrained, dtype=dtype or parse_dtype(config.vae.weight_dtype))
+    vae = config.vae
+    network = AUTOENCODERS[vae.vae_type]
+    autoencoder = load_autoencoder(
+        vae.vae_pretrained,
+        dtype=parse_dtype(vae.weight_dtype) if dtype is None else dtype,
+        sample_posterior=vae.sample_posterior,
+    )
+    if not isinstance(autoencoder, network):
+        raise ValueError(
+            f"vae.vae_type is {vae.vae_type!r}, and vae.vae_pretrained {vae.vae_pretrained} holds a "
+            f"{type(autoencoder).__name__}: change one of them."
+        )
+    described = {"vae_latent_dim": autoencoder.latent_channels, "vae_downsample_rate": autoencoder.downsample_factor}
+    for key, actual in described.items():
+        if getattr(vae, key) != actual:
+            raise ValueError(f"vae.{key} is {getattr(vae, key)}, and the autoencoder {vae.vae_pretrained} has {actual}.")
+    return autoencoder
 
 
-def build_text_encoder(config: "SanaConfig", *, dtype: "torch.dtype | None" = None) -> "TextEncoder":
+def build_text_encoder(
+    config: "SanaConfig", *, dtype: "torch.dtype | None" = None
+) -> "TextEncoder | PrecomputedTextEncoder":
     """Loads the text encoder that `config.text_encoder` names.
 
     Args:
         config: the whole config; its section text_encoder is read.
-        dtype: dtype of the weights; None lets the encoder choose.
+        dtype: dtype of the weights; None means float32.
     """
-    from sana.models.text_encoder.gemma import load_text_encoder
+    import torch
+
+    from sana.models.text_encoder import load_text_encoder
 
     text = config.text_encoder
     return load_text_encoder(
         text.text_encoder_name,
-        dtype=dtype,
+        dtype=dtype or torch.float32,
         model_max_length=text.model_max_length,
         chi_prompt=text.chi_prompt,
     )
