@@ -19,5 +19,5 @@ def require_torch_equivalent(kind: str) -> None:
         key, plain = TRITON_ONLY[kind]
         raise NotImplementedError(
             f"model.{key}={kind!r} needs the fused Triton kernels (sana/ops/<op>/forward.py, backward.py), which "
-            f"this version does not include. Set model.{key}={plain!r}: it computes the same function with the same weights."
+            f"this version does not include. Set model.{key}={plain!r}: the same function with the same weights."
         )

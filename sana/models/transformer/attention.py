@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sana.models.layers.norms import RMSNorm
 from sana.models.transformer.position import Rotary, apply_rotary
-from sana.ops.linear_attention.reference import linear_attention
+from sana.ops import relu_linear_attention
 
 FP16_MAX = 65504.0
 
@@ -108,10 +108,9 @@ class LinearAttention(SelfAttention):
             self.k_norm = RMSNorm(dim, eps=norm_eps)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary | None) -> Tensor:
-        query, key = F.relu(query), F.relu(key)
-        if rotary is not None:
+        if rotary is not None:  # before the ReLU, so that the denominator stays a sum of positive terms
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        return linear_attention(query, key, value, self.eps)
+        return relu_linear_attention(query, key, value, self.eps)
 
 
 class SoftmaxAttention(SelfAttention):

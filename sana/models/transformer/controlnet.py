@@ -1,4 +1,4 @@
-"""`SanaMSControlNet`: SanaMS with a copied branch that reads a control signal, and its presets. Training is not here."""
+"""`SanaMSControlNet`: SanaMS with a copied branch that reads a control signal. Its training is not here."""
 
 from copy import deepcopy
 from functools import partial

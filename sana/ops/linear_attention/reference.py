@@ -20,21 +20,7 @@ def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float 
     Returns:
         (B, h, N, d). The products have the inputs' dtype, the division is done in float32 (float64 for float64).
     """
-    return linear_attention(F.relu(query), F.relu(key), value, eps)
-
-
-def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-8) -> Tensor:
-    """`relu_linear_attention` of queries and keys to which the ReLU (and rotary angles) were applied already.
-
-    Args:
-        query: (B, h, N, d).
-        key: (B, h, N, d).
-        value: (B, h, N, d).
-        eps: added to the denominator.
-
-    Returns:
-        (B, h, N, d), float32 for 16-bit inputs.
-    """
+    query, key = F.relu(query), F.relu(key)
     key_value = key.transpose(-1, -2) @ value  # (B, h, d, d)
     key_sum = key.sum(dim=-2).unsqueeze(-1)  # (B, h, d, 1)
     numerator, denominator = query @ key_value, query @ key_sum

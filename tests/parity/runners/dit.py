@@ -10,6 +10,13 @@ from sana.models.transformer.controlnet import SanaMSControlNet
 from sana.models.transformer.sana import Sana, SanaMS
 from sana.models.transformer.sana_cm import SanaMSCM
 from tests.parity.common import Case
+from tests.parity.runners.dit_diffusers import run_diffusers_crosscheck
+from tests.parity.runners.dit_modules import (
+    run_module,
+    run_pag_processor,
+    run_sincos,
+    run_timestep_frequencies,
+)
 
 NETWORKS = {"Sana": Sana, "SanaMS": SanaMS, "SanaMSCM": SanaMSCM, "SanaMSControlNet": SanaMSControlNet}
 CAPTION_DROP_SEED = 1033
@@ -117,5 +124,11 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
     "dit_forward": run_dit_forward,
     "dit_forward_grad": run_dit_forward_grad,
     "dit_forward_nov24": run_dit_forward_nov24,
+    "module": run_module,
+    "pag_processor": run_pag_processor,
+    "diffusers_crosscheck": run_diffusers_crosscheck,
 }
-FUNCTIONS: dict[str, Callable[[Case], None]] = {}
+FUNCTIONS: dict[str, Callable[[Case], None]] = {
+    "modules/timestep_embedding_freq": run_timestep_frequencies,
+    "modules/sincos_pe": run_sincos,
+}
