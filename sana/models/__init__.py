@@ -125,10 +125,11 @@ def build_autoencoder(config: "SanaConfig", *, dtype: "torch.dtype | None" = Non
         dtype: dtype of the weights; None takes `vae.weight_dtype`.
 
     Raises:
-        ValueError: what was loaded is not what the config's vae section describes.
+        ConfigError: what was loaded is not what the config's vae section describes.
         CheckpointError: the folder is no autoencoder.
         FetchError: it could not be had.
     """
+    from sana.config import ConfigError
     from sana.models.autoencoder.loading import load_autoencoder
     from sana.utils.dtype import parse_dtype
 
@@ -140,14 +141,16 @@ def build_autoencoder(config: "SanaConfig", *, dtype: "torch.dtype | None" = Non
         sample_posterior=vae.sample_posterior,
     )
     if not isinstance(autoencoder, network):
-        raise ValueError(
+        raise ConfigError(
             f"vae.vae_type is {vae.vae_type!r}, and vae.vae_pretrained {vae.vae_pretrained} holds a "
             f"{type(autoencoder).__name__}: change one of them."
         )
     described = {"vae_latent_dim": autoencoder.latent_channels, "vae_downsample_rate": autoencoder.downsample_factor}
     for key, actual in described.items():
         if getattr(vae, key) != actual:
-            raise ValueError(f"vae.{key} is {getattr(vae, key)}, and the autoencoder {vae.vae_pretrained} has {actual}.")
+            raise ValueError(
+                f"vae.{key} is {getattr(vae, key)}, and the autoencoder {vae.vae_pretrained} has {actual}."
+            )
     return autoencoder
 
 

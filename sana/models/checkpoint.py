@@ -245,7 +245,7 @@ def _refused(path: Path, error: Exception) -> CheckpointError:
     imported = re.search(r"GLOBAL ([\w.]+)", str(error))
     if imported:
         return CheckpointError(
-            f"{path} was refused: it asks to run {imported[1]}, and only plain tensors are read; use a .safetensors file."
+            f"{path} was refused: it asks to run {imported[1]}, and only plain tensors are read; use .safetensors."
         )
     return CheckpointError(f"{path} was refused: it was not written by torch.save, or holds more than plain tensors.")
 

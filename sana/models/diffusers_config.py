@@ -243,11 +243,14 @@ def official_config(
     return {
         "data": {"image_size": image_size},
         "model": {
-            "model": preset_name(arch) or "SanaMS_600M_P1_D28",
+            "model": preset_name(arch) or _nearest_preset(arch),
             "image_size": image_size,
             "aspect_ratio_type": f"ASPECT_RATIO_{ratio}",
             "mlp_acts": list(kwargs["mlp_acts"]),
             "class_dropout_prob": kwargs.get("class_dropout_prob", 0.1),
+            "pag_applied_layers": [min(8, kwargs["depth"] // 2)],
+            # a size of its own is told to the preset
+            "extra": None if preset_name(arch) else {key: kwargs[key] for key in ("depth", "hidden_size", "num_heads")},
             **{key: kwargs[key] for key in (*shared, *others) if key in kwargs},
         },
         "vae": {"vae_latent_dim": kwargs["in_channels"], "vae_downsample_rate": downsample_factor},
@@ -273,6 +276,12 @@ def preset_name(arch: Mapping[str, Any]) -> str | None:
     shape = (kwargs["depth"], kwargs["hidden_size"], kwargs["num_heads"])
     size = next((name for name, known in _SIZES.items() if known == shape and kwargs["patch_size"] == 1), None)
     return f"{arch['class']}_{size}" if size else None
+
+
+def _nearest_preset(arch: Mapping[str, Any]) -> str:
+    """A preset of the same class and patch size, for `model.extra` to resize."""
+    patch = arch["kwargs"]["patch_size"]
+    return "SanaMS_Tiny_P1" if (arch["class"], patch) == ("SanaMS", 1) else f"{arch['class']}_600M_P{patch}_D28"
 
 
 def _base_kwargs() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from sana.models.diffusers_config import (
 )
 from sana.models.diffusers_keys import to_diffusers
 from sana.models.metadata import CheckpointMetadata, cast_state, read_file_metadata, write_safetensors
+from sana.models.text_encoder.chi import CHI_PROMPT
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -73,33 +74,46 @@ def read_folder_metadata(root: Path, weights: Path) -> CheckpointMetadata | None
     """What a diffusers folder says: from our extra file if it is there, else from diffusers' own JSON files.
 
     Args:
-        root: the folder the user named: a whole pipeline, or a transformer's folder.
+        root: the folder the user named: a whole pipeline, or a transformer's folder. Paths in the config returned are
+            relative to it.
         weights: the transformer's weight file in it.
 
     Returns:
-        None when the folder is not of diffusers. `precision` is "" and `chi_prompt` empty where nothing says them.
+        None when the folder is not of diffusers. `precision` is "" where nothing says it.
 
     Raises:
         CheckpointError: a JSON file is broken, or of another model.
     """
-    extra = extra_file(weights)
-    if extra.is_file():
-        return read_file_metadata(extra)
-    if not (weights.parent / "config.json").is_file() or not weights.name.startswith("diffusion_pytorch_model"):
+    if not weights.name.startswith("diffusion_pytorch_model") or not (weights.parent / "config.json").is_file():
         return None
-    arch = arch_of_transformer(read_json(weights.parent / "config.json"), str(weights.parent / "config.json"))
-    pipeline = weights.parent.parent if weights.parent.name == "transformer" else root
+    pipeline = weights.parent.parent if weights.parent.name == "transformer" else weights.parent
+    extra = extra_file(weights)
+    metadata = read_file_metadata(extra) if extra.is_file() else None
+    metadata = metadata or _describe(pipeline, weights.parent / "config.json")
+    if root.resolve() != pipeline.resolve():
+        for section, key in (("vae", "vae_pretrained"), ("text_encoder", "text_encoder_name")):
+            name = metadata.config.get(section, {}).get(key)
+            if name and (pipeline / name).exists():
+                metadata.config[section][key] = f"../{name}"
+    return metadata
+
+
+def _describe(pipeline: Path, transformer: Path) -> CheckpointMetadata:
+    """The metadata that diffusers' JSON files imply."""
+    arch = arch_of_transformer(read_json(transformer), str(transformer))
     scheduler = pipeline / "scheduler" / "scheduler_config.json"
     default = "scm" if arch["class"] == "SanaMSCM" else "flow_dpm-solver"
     sampler, flow_shift = sampler_of_scheduler(read_json(scheduler)) if scheduler.is_file() else (default, 3.0)
     vae = pipeline / "vae" / "config.json"
     stages = read_json(vae).get("encoder_block_out_channels", []) if vae.is_file() else []
     config = official_config(arch, sampler, flow_shift, 2 ** (len(stages) - 1) if stages else 32)
+    chi_prompt = list(CHI_PROMPT)  # every released model was trained with it
+    config["text_encoder"]["chi_prompt"] = chi_prompt
     if vae.is_file():
         config["vae"]["vae_pretrained"] = "vae"
     if (pipeline / "text_encoder" / "config.json").is_file():
         config["text_encoder"]["text_encoder_name"] = "text_encoder"
-    return CheckpointMetadata(arch=arch, precision="", flow_shift=flow_shift, config=config)
+    return CheckpointMetadata(arch=arch, precision="", flow_shift=flow_shift, chi_prompt=chi_prompt, config=config)
 
 
 def weight_name(stem: str, variant: str | None) -> str:

@@ -58,7 +58,7 @@ def diffusers_names(key: str, guidance_embeds: bool = False) -> tuple[str, ...] 
 
     Args:
         key: official key, such as "blocks.3.attn.qkv.weight".
-        guidance_embeds: whether the model has `cfg_embedder` (Sprint), where diffusers names the time embedder otherwise.
+        guidance_embeds: whether the model has `cfg_embedder` (Sprint): diffusers' time embedder has other names then.
 
     Returns:
         One, two (kv) or three (qkv) keys; None when diffusers has no place for the tensor.

@@ -113,8 +113,7 @@ def parse_config(raw: Mapping[str, Any]) -> DCAEConfig:
     fields = {field.name for field in dataclasses.fields(DCAEConfig)}
     if unknown := sorted(set(raw) - fields - {"class"}):
         raise ValueError(f"unknown keys in config.json: {', '.join(unknown)}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items() if key in fields}
-    return DCAEConfig(**values)
+    return DCAEConfig(**{key: value for key, value in raw.items() if key in fields})
 
 
 def _find_folder(folder: Path) -> Path:
