@@ -52,7 +52,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.section(f"parity: cases of {parity_folder()}")
     for kind in sorted({kind for kind, _ in counts}):
         passed, failed = counts[kind, "passed"], counts[kind, "failed"]
-        terminalreporter.write_line(f"{kind}: {passed + failed} ran, {passed} passed" + f", {failed} FAILED" * bool(failed))
+        bad = f", {failed} FAILED" if failed else ""
+        terminalreporter.write_line(f"{kind}: {passed + failed} ran, {passed} passed{bad}")
     uncovered = collections.Counter(
         case.name if case.kind == "function" else case.kind for case in load_cases() if not is_covered(case)
     )

@@ -21,7 +21,7 @@ def assert_rms_close(
     backward: bool = False,
     what: str = "result",
 ) -> None:
-    """Asserts equal shapes, finite values and an RMS ratio below the table's entry for `dtype` (default: of `actual`)."""
+    """Asserts equal shapes, finite values and an RMS ratio within the table's limit for `dtype` (`actual`'s)."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(actual).all(), f"{what}: {int((~torch.isfinite(actual)).sum())} values are not finite"
     table = RMS_RATIO_BACKWARD if backward else RMS_RATIO_FORWARD
@@ -44,7 +44,8 @@ def assert_all_close(
     close = (error <= atol + rtol * expected.abs()) | (actual == expected)
     if not bool(close.all()):
         raise AssertionError(
-            f"{what}: {int((~close).sum())} of {close.numel()} values differ by more than rtol={rtol:g}, atol={atol:g}; "
+            f"{what}: {int((~close).sum())} of {close.numel()} values differ by more than "
+            f"rtol={rtol:g}, atol={atol:g}; "
             f"greatest error {float(error.nan_to_num(float('inf')).max()):.3e}, "
             f"greatest expected value {float(expected.abs().max()):.3e}"
         )

@@ -2,20 +2,25 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
-
-import torch.distributed as dist
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
 
+def _process_group() -> Any:
+    """Returns torch.distributed if a process group runs, else None; torch is not imported for this."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
 def rank() -> int:
     """Returns this process's index among all processes (0 when alone)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
+    if (group := _process_group()) is not None:
+        return int(group.get_rank())
     return int(os.environ.get("RANK", "0"))
 
 
@@ -26,8 +31,8 @@ def local_rank() -> int:
 
 def world_size() -> int:
     """Returns the number of processes (1 when alone)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
+    if (group := _process_group()) is not None:
+        return int(group.get_world_size())
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -47,11 +52,11 @@ def main_process_only(function: Callable[P, R]) -> Callable[P, R | None]:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Returns this process's part of a list: every `world_size()`-th item from `rank()` on. All parts together are the list."""
+    """Returns this process's part of a list: every `world_size()`-th item from `rank()` on."""
     return items[rank() :: world_size()]
 
 
 def barrier() -> None:
     """Waits for all processes of the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    if (group := _process_group()) is not None:
+        group.barrier()

@@ -35,7 +35,7 @@ def randn(
 ) -> torch.Tensor:
     """Draws standard normal noise on the generator's own device, then moves it.
 
-    Noise is drawn in float32 (float64 when that is asked for), so a 16-bit run starts from the same noise as an fp32 run.
+    Noise is drawn in float32 (float64 when that is asked for), so a 16-bit run starts from an fp32 run's noise.
 
     Args:
         shape: (B, ...).
