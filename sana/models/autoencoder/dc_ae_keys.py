@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -140,12 +140,21 @@ def config_to_diffusers(config: DCAEConfig) -> dict[str, Any]:
     }
 
 
-def to_diffusers_key(key: str) -> str:
-    """Diffusers' key of one of ours; the fused `qkv` becomes `to_qkv`, which diffusers splits in three.
+def diffusers_names(keys: Iterable[str]) -> dict[str, str]:
+    """Our keys, all of one network, -> diffusers' keys; the fused `qkv` becomes `to_qkv`, which diffusers splits.
 
     Raises:
-        ValueError: the key is not one of a DC-AE.
+        ValueError: a key is not one of a DC-AE.
     """
+    names = {key: _name(key) for key in keys}
+    if not any(key.startswith("encoder.stages.0.") for key in names):  # then diffusers wraps the first convolution
+        for key, name in names.items():
+            if name in ("encoder.conv_in.weight", "encoder.conv_in.bias"):
+                names[key] = name.replace("conv_in.", "conv_in.conv.")
+    return names
+
+
+def _name(key: str) -> str:
     stage = _STAGE.fullmatch(key)
     if stage:
         side, i, j, rest = stage.groups()
@@ -162,15 +171,14 @@ def to_diffusers_key(key: str) -> str:
 
 
 def to_diffusers_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under diffusers' keys; exact, every tensor is kept (1x1 convolutions become linear layers)."""
+    """Our whole state dict under diffusers' keys; exact, every tensor is kept (1x1 convolutions become linear)."""
     converted: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        name = to_diffusers_key(key)
+    for key, name in diffusers_names(state).items():
         if name.endswith(".attn.to_qkv.weight"):
-            for letter, part in zip("qkv", tensor.flatten(1).chunk(3), strict=True):
+            for letter, part in zip("qkv", state[key].flatten(1).chunk(3), strict=True):
                 converted[name.replace("to_qkv", f"to_{letter}")] = part.contiguous()
         else:
-            converted[name] = tensor.flatten(1) if name.endswith(".attn.to_out.weight") else tensor
+            converted[name] = state[key].flatten(1) if name.endswith(".attn.to_out.weight") else state[key]
     return converted
 
 
@@ -181,10 +189,9 @@ def from_diffusers_state_dict(state: Mapping[str, Tensor], config: DCAEConfig) -
         ValueError: a tensor that the config needs is missing.
     """
     with torch.device("meta"):
-        keys = list(DCAE(config).state_dict())
+        names = diffusers_names(DCAE(config).state_dict())
     rest, converted, missing = dict(state), {}, []
-    for key in keys:
-        name = to_diffusers_key(key)
+    for key, name in names.items():
         fused = name.endswith(".attn.to_qkv.weight")
         sources = [name.replace("to_qkv", f"to_{letter}") for letter in "qkv"] if fused else [name]
         if not all(source in rest for source in sources):
