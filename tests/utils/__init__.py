@@ -1,0 +1,1 @@
+"""Tests of sana.utils, and helpers for tests."""
