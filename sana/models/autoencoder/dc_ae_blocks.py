@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Turns autocast off for the device of `x`, where it knows autocast (the meta device does not)."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 class RMSNormFunction(torch.autograd.Function):
     """y = w * x / sqrt(mean_c(x^2) + eps) + b with the gradients written out.
 
@@ -33,7 +40,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             wide = at_least_fp32(x)  # squares overflow in fp16
             mean = wide.new_full((1, x.shape[1]), 1 / x.shape[1])
             mean_square = torch.matmul(mean, wide.square().flatten(2))  # (B, 1, H * W)
@@ -47,7 +54,7 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last  # mixed layouts are slow
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             grad = at_least_fp32(grad).contiguous(memory_format=layout)
             normed, wide = x * scale, at_least_fp32(weight)
             product = grad * normed
@@ -219,7 +226,7 @@ def relu_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         (B, h, d, N) in the dtype of `value`; computed in fp32 (the sums overflow in fp16).
     """
     dtype = value.dtype
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         query, key, value = (at_least_fp32(x) for x in (query, key, value))
         if query.shape[-1] > query.shape[-2]:  # more tokens than channels: sum k v over the tokens first
             weights = torch.matmul(value, key.transpose(-1, -2))  # (B, h, d, d)

@@ -144,6 +144,14 @@ def test_it_learns_in_both_memory_layouts() -> None:
     assert first[3] == pytest.approx(second[3], rel=1e-2)
 
 
+def test_shapes_without_storage() -> None:
+    with torch.device("meta"):
+        model = DCAE(DCAE_PRESETS["dc-ae-f64c128-in-1.0"]).eval()
+        latents = model.encode(torch.empty(2, 3, 128, 192))
+    assert latents.shape == (2, 128, 2, 3)
+    assert model.decode(latents).shape == (2, 3, 128, 192)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_16_bit_weights_stay_close(dtype: torch.dtype) -> None:
