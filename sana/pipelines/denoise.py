@@ -1,0 +1,151 @@
+"""The transformer as the function a sampler calls: guidance branches stacked into one forward. No sampler is here."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sana.models.layers.finite import first_nonfinite_layer
+from sana.models.text_encoder.base import PromptEmbeds
+
+TIMESTEPS = 1000.0  # the transformer sees sigma in [0, 1] as a timestep in [0, 1000]
+
+
+class NonFiniteError(RuntimeError):
+    """A network produced infinity or NaN; the message names the first layer that did."""
+
+
+def check_finite(output: Tensor, network: nn.Module, what: str, *args: object, **kwargs: object) -> None:
+    """Raises NonFiniteError when `output` holds a value that is not finite, and searches the first layer that made one.
+
+    Args:
+        output: what the network returned.
+        network: the module to search; it is run again.
+        what: the network's name and the moment, for the message.
+        *args, **kwargs: what the network was called with.
+    """
+    if torch.isfinite(output).all():
+        return
+    layer = first_nonfinite_layer(network, *args, **kwargs)
+    where = f"first in its layer {layer!r}" if layer else "in its input or output"
+    raise NonFiniteError(
+        f"The {what} produced values that are not finite, {where}; no image was made. "
+        "Try dtype fp32 or bf16, or check the weights."
+    )
+
+
+class TransformerDenoiser:
+    """Velocity of every branch of guidance for a batch of latents, from one call of the transformer.
+
+    Args:
+        transformer: `SanaMS` or a class of its kind.
+        prompt: embeddings of the prompts, one row an image.
+        null: embeddings of the null caption or the negative prompts, one row an image.
+        pag_layers: the blocks that use identity self-attention for the perturbed branch.
+        dtype: what the transformer computes in; latents stay float32 outside.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        prompt: PromptEmbeds,
+        null: PromptEmbeds | None,
+        *,
+        pag_layers: Sequence[int] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.transformer = transformer
+        self.pag_layers = tuple(pag_layers)
+        self.dtype = dtype
+        self._prompt = prompt
+        self._null = self._cut(null, prompt.embeds.shape[1]) if null is not None else None
+        self._text: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    @staticmethod
+    def _cut(null: PromptEmbeds, length: int) -> PromptEmbeds:
+        """Cuts the null caption to the prompts' length; the prompt's mask hides the rest of it anyway.
+
+        Raises:
+            ValueError: it is shorter than the prompts.
+        """
+        if null.embeds.shape[1] < length:
+            raise ValueError(f"The negative embeddings have {null.embeds.shape[1]} tokens and the prompts {length}.")
+        return PromptEmbeds(null.embeds[:, :length], null.mask[:, :length])
+
+    def text(self, branches: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Returns the stacked embeddings (k*B, 1, L, C) and mask (k*B, L) of `branches`.
+
+        The mask of the prompt serves the null branch too: the released models are sampled so.
+        """
+        if branches not in self._text:
+            if "uncond" in branches and self._null is None:
+                raise ValueError("Guidance needs the embeddings of the null caption, and none were made.")
+            sources = [self._null if branch == "uncond" else self._prompt for branch in branches]
+            embeds = torch.cat([source.embeds for source in sources if source is not None])
+            self._text[branches] = (embeds[:, None].to(self.dtype), self._prompt.mask.repeat(len(branches), 1))
+        return self._text[branches]
+
+    def __call__(self, latents: Tensor, sigma: Tensor, branches: tuple[str, ...]) -> dict[str, Tensor]:
+        """Evaluates the branches.
+
+        Args:
+            latents: (B, C, H, W) float32.
+            sigma: 0-d, in [0, 1].
+            branches: of "uncond", "cond", "perturbed" in the order of the stacked batch; "perturbed" is the last.
+
+        Returns:
+            branch -> velocity (B, C, H, W) float32.
+
+        Raises:
+            NonFiniteError: the transformer's output is not finite.
+        """
+        rows = latents.shape[0]
+        embeds, mask = self.text(branches)
+        stacked = latents.to(self.dtype).repeat(len(branches), 1, 1, 1)
+        timestep = (sigma.to(device=latents.device, dtype=torch.float32) * TIMESTEPS).expand(stacked.shape[0])
+        perturbed = {"pag_layers": self.pag_layers, "pag_rows": rows} if "perturbed" in branches else {}
+        arguments = {"mask": mask, **perturbed}
+        output = self.transformer(stacked, timestep, embeds, **arguments)
+        output = output[:, : latents.shape[1]].float()  # a model that also predicts a variance has more channels
+        what = f"transformer at timestep {float(timestep[0]):.1f}"
+        check_finite(output, self.transformer, what, stacked, timestep, embeds, **arguments)
+        return dict(zip(branches, output.chunk(len(branches)), strict=True))
+
+
+class SprintDenoiser:
+    """TrigFlow prediction of a distilled model: the guidance scale is an input of the network, so there is one branch.
+
+    Args:
+        transformer: `SanaMSCM`.
+        prompt: embeddings of the prompts, one row an image.
+        guidance_scale: given to the network.
+        dtype: what the transformer computes in.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, prompt: PromptEmbeds, *, guidance_scale: float, dtype: torch.dtype
+    ) -> None:
+        self.transformer = transformer
+        self.dtype = dtype
+        self.guidance_scale = guidance_scale
+        self._embeds = prompt.embeds[:, None].to(dtype)
+        self._mask = prompt.mask
+
+    def __call__(self, latents: Tensor, angle: Tensor) -> Tensor:
+        """Evaluates the network.
+
+        Args:
+            latents: (B, C, H, W) float32, divided by sigma_data.
+            angle: 0-d, the TrigFlow time in [0, pi/2].
+
+        Returns:
+            (B, C, H, W) float32, in units of sigma_data.
+        """
+        rows = latents.shape[0]
+        times = angle.to(device=latents.device, dtype=torch.float32).expand(rows)
+        scale = torch.full((rows,), self.guidance_scale, device=latents.device, dtype=torch.float32)
+        arguments = {"mask": self._mask, "data_info": {"cfg_scale": scale}}
+        inputs = (latents.to(self.dtype), times, self._embeds)
+        output = self.transformer(*inputs, **arguments).float()
+        check_finite(output, self.transformer, f"transformer at time {float(angle):.4f}", *inputs, **arguments)
+        return output

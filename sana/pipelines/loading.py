@@ -1,0 +1,131 @@
+"""From a reference (folder, file, hub id, URL) to a config and loaded networks. Nothing is generated here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sana.config import SanaConfig, config_from_dict, load_config, validate
+from sana.models import build_autoencoder, build_text_encoder, build_transformer
+from sana.models.autoencoder.base import Autoencoder
+from sana.models.text_encoder import PrecomputedTextEncoder, TextEncoder
+from sana.models.weights import (
+    CheckpointError,
+    CheckpointMetadata,
+    fp16_lineage,
+    load_state_dict,
+    load_weights,
+    read_metadata,
+)
+from sana.utils import hub
+from sana.utils.dtype import parse_dtype
+from sana.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+AnyTextEncoder = TextEncoder | PrecomputedTextEncoder
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Weights that were found, not yet read.
+
+    Attributes:
+        ref: as the user gave it.
+        variant: of a folder's weight files.
+        path: the local file or folder.
+        metadata: what the weights say about themselves; None for the official `.pth`.
+    """
+
+    ref: str
+    variant: str | None
+    path: Path
+    metadata: CheckpointMetadata | None
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths of the metadata's config start."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def as_config(config: str | Path | Mapping[str, Any] | SanaConfig, overrides: Sequence[str] = ()) -> SanaConfig:
+    """Returns a checked config of a YAML file (with `--section.key=value` overrides), a mapping or a config."""
+    if isinstance(config, str | Path):
+        return load_config(hub.resolve(config, kind="file"), overrides)
+    loaded = config_from_dict(dict(config)) if isinstance(config, Mapping) else config
+    validate(loaded)
+    return loaded
+
+
+def find_model(ref: str | Path, variant: str | None = None) -> ModelSource:
+    """Finds weights, fetching them when they are remote.
+
+    Raises:
+        FetchError: they could not be had.
+        CheckpointError: they are damaged, or the folder is no model.
+    """
+    path = hub.resolve(ref, kind="any", variant=variant)
+    return ModelSource(str(ref), variant, path, read_metadata(path, variant=variant))
+
+
+def source_config(source: ModelSource) -> SanaConfig:
+    """Returns the config that weights carry, its paths made absolute.
+
+    Raises:
+        CheckpointError: they carry none.
+    """
+    if source.metadata is None or not source.metadata.config:
+        raise CheckpointError(
+            f"{source.ref} does not say which model it is; give its YAML too: "
+            "SanaPipeline(config).from_pretrained(weights), or --config with --model_path."
+        )
+    config = config_from_dict(source.metadata.config)
+    config.scheduler.flow_shift = source.metadata.flow_shift
+    config.vae.vae_pretrained = _beside(source.folder, config.vae.vae_pretrained)
+    config.text_encoder.text_encoder_name = _beside(source.folder, config.text_encoder.text_encoder_name)
+    validate(config)
+    return config
+
+
+def _beside(folder: Path, name: str) -> str:
+    """A path relative to the model's folder as an absolute one; any other name unchanged."""
+    inside = folder / name
+    return str(inside) if name and not Path(name).is_absolute() and inside.exists() else name
+
+
+def load_transformer(source: ModelSource, config: SanaConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Builds the transformer of a config and loads weights into it.
+
+    Nothing is initialised that the file overwrites: the network is built without storage where the file has it all.
+
+    Raises:
+        CheckpointError: the weights do not fit the config.
+    """
+    clip_fp16, _ = fp16_lineage(source.ref, source.metadata, config.model.mixed_precision)
+    stored = load_state_dict(source.path, variant=source.variant)
+    with torch.device("meta"):
+        model = build_transformer(config, clip_fp16=clip_fp16)
+    if any(name not in stored for name, _ in _tensors(model)):
+        model = build_transformer(config, clip_fp16=clip_fp16)
+    model = model.to(dtype)
+    load_weights(model, source.path, variant=source.variant)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """All parameters and buffers by name, those that no state dict holds included."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
+    """Loads the autoencoder of `config.vae` in `vae.weight_dtype`."""
+    autoencoder = build_autoencoder(config, dtype=parse_dtype(config.vae.weight_dtype))
+    return autoencoder.to(device).eval().requires_grad_(False)
+
+
+def load_text_encoder(config: SanaConfig, dtype: torch.dtype, device: torch.device) -> AnyTextEncoder:
+    """Loads the text encoder of `config.text_encoder`."""
+    return build_text_encoder(config, dtype=dtype).to(device)

@@ -1,0 +1,227 @@
+"""The arguments of one call of the pipeline, each with its meaning and range. Nothing is generated here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sana.models.text_encoder.base import PromptEmbeds
+from sana.pipelines import inputs
+
+OUTPUT_TYPES = ("pt", "pil", "np", "latent")
+MAX_SCALE = 1000.0
+
+
+class Encode(Protocol):
+    """What turns prompts into embeddings: `SanaPipeline.encode_prompts`."""
+
+    def __call__(self, prompts: Sequence[str], *, null: bool = False) -> PromptEmbeds: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call. B = number of prompts x num_images_per_prompt; the images of a prompt stand together.
+
+    Attributes:
+        prompt: a text or a list; None when `prompt_embeds` are given.
+        height, width: in pixels; None for the model's own size.
+        negative_prompt: what to guide away from; one for all, or one for each prompt.
+        num_inference_steps: calls of the transformer (a sampler of higher order reuses earlier ones).
+        guidance_scale: 1 is off.
+        pag_guidance_scale: perturbed-attention guidance; 0 and 1 are off. `pag_scale` is its other name.
+        pag_scale: see `pag_guidance_scale`.
+        interval_guidance: guidance acts where low < sigma < high only.
+        num_images_per_prompt: pictures of each prompt.
+        generator: one for the whole batch, or a list with one for each image.
+        seed: image i uses seed + i; a list gives each image its own. Not together with `generator`.
+        latents: (B, C, h, w) noise to start from instead of drawn noise; of standard deviation 1, or
+            `scheduler.sigma_data` for a Sprint model, as the released pipelines take them.
+        prompt_embeds: (P, L, D) embeddings instead of prompts, with `prompt_attention_mask` (P, L).
+        negative_prompt_embeds: (P, L, D) or (1, L, D); needs no mask of its own: the prompt's serves both.
+        negative_prompt_attention_mask: accepted beside them, without effect for that reason.
+        use_resolution_binning: generate the nearest shape the model was trained for, then resize and crop.
+        sampler: a name of `sana.diffusion.SAMPLERS`; None for the config's.
+        flow_shift: None for the config's.
+        max_timesteps, intermediate_timesteps, timesteps: of Sprint models only: the first angle, the second of two
+            steps, or all of them and 0 (`num_inference_steps` is then their number).
+        output_type: "pt", "pil", "np" or "latent".
+        callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": latents})` after every step; a
+            returned dict with "latents" replaces them.
+        progress_bar: show one (on a terminal).
+    """
+
+    prompt: str | Sequence[str] | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float = 4.5
+    pag_guidance_scale: float | None = None
+    pag_scale: float | None = None
+    interval_guidance: Sequence[float] = (0.0, 1.0)
+    num_images_per_prompt: int = 1
+    generator: inputs.Generators = None
+    seed: int | Sequence[int] | None = None
+    latents: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    use_resolution_binning: bool = True
+    sampler: str | None = None
+    flow_shift: float | None = None
+    max_timesteps: float | None = None
+    intermediate_timesteps: float | None = None
+    timesteps: Sequence[float] | None = None
+    output_type: str = "pt"
+    callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            raise ValueError("Give prompt or prompt_embeds, one of the two.")
+        if (self.prompt_embeds is None) != (self.prompt_attention_mask is None):
+            raise ValueError("prompt_embeds and prompt_attention_mask belong together; one of them is missing.")
+        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
+            raise ValueError("negative_prompt and negative_prompt_embeds were both given; give one of them.")
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {self.output_type!r}.")
+        if self.num_inference_steps is not None:
+            inputs.check_count("num_inference_steps", self.num_inference_steps, inputs.MAX_STEPS)
+        inputs.check_count("num_images_per_prompt", self.num_images_per_prompt, 10_000)
+        inputs.check_number("guidance_scale", self.guidance_scale, 0.0, MAX_SCALE)
+        if self.flow_shift is not None:
+            inputs.check_number("flow_shift", self.flow_shift, 1e-3, 1e3)
+        self._check_pag()
+        self._check_interval()
+        self._check_embeds()
+
+    def _check_pag(self) -> None:
+        given = {float(scale) for scale in (self.pag_guidance_scale, self.pag_scale) if scale is not None}
+        for scale in given:
+            inputs.check_number("pag_guidance_scale", scale, 0.0, MAX_SCALE)
+            if 0.0 < scale < 1.0:
+                raise ValueError(f"pag_guidance_scale {scale:g} has no effect; use more than 1, or 1 to switch it off.")
+        if len(given) > 1:
+            raise ValueError("pag_guidance_scale and pag_scale are two names of one option and were given two values.")
+
+    def _check_interval(self) -> None:
+        if len(self.interval_guidance) != 2:
+            raise ValueError(f"interval_guidance must be two numbers in [0, 1], not {self.interval_guidance!r}.")
+        low, high = (inputs.check_number("interval_guidance", one, 0.0, 1.0) for one in self.interval_guidance)
+        if low > high:
+            raise ValueError(f"interval_guidance must not begin above its end, and {low:g} is more than {high:g}.")
+
+    def _check_embeds(self) -> None:
+        if self.prompt_embeds is None or self.prompt_attention_mask is None:
+            inputs.as_negative_prompts(self.negative_prompt, self.prompt_count)
+            return
+        embeds, mask = _rows(self.prompt_embeds), _rows(self.prompt_attention_mask, 2)
+        if tuple(mask.shape) != tuple(embeds.shape[:2]):
+            raise ValueError(
+                f"prompt_attention_mask must have the shape {tuple(embeds.shape[:2])} of prompt_embeds, "
+                f"not {tuple(mask.shape)}."
+            )
+        if self.negative_prompt_embeds is not None:
+            negative = _rows(self.negative_prompt_embeds)
+            if negative.shape[1:] != embeds.shape[1:] or negative.shape[0] not in (1, embeds.shape[0]):
+                raise ValueError(
+                    f"negative_prompt_embeds must have the shape {tuple(embeds.shape)} of prompt_embeds, "
+                    f"not {tuple(negative.shape)}."
+                )
+
+    def check_for_sprint(self) -> None:
+        """Rejects what a distilled model cannot use.
+
+        Raises:
+            ValueError: a negative prompt, PAG or an interval is given.
+        """
+        if self.negative_prompt or self.negative_prompt_embeds is not None:
+            raise ValueError("A Sprint model has no unconditional branch: negative_prompt cannot take effect.")
+        if self.pag > 1.0 or tuple(self.interval_guidance) != (0.0, 1.0) or self.flow_shift is not None:
+            raise ValueError("PAG, interval_guidance and flow_shift cannot take effect with a Sprint model.")
+
+    def check_for_flow(self) -> None:
+        """Rejects what only a distilled model can use.
+
+        Raises:
+            ValueError: one of the Sprint times is given.
+        """
+        if self.sprint_times():
+            raise ValueError(f"{', '.join(self.sprint_times())} cannot take effect: this is no Sprint model.")
+
+    def sprint_times(self) -> dict[str, Any]:
+        """Returns those of the Sprint times that are given."""
+        times = {
+            "max_timesteps": self.max_timesteps,
+            "intermediate_timesteps": self.intermediate_timesteps,
+            "timesteps": self.timesteps,
+        }
+        return {name: value for name, value in times.items() if value is not None}
+
+    def angles(self) -> Tensor | None:
+        """Returns the Sprint angles that the caller listed, 0 at the end, or None.
+
+        Raises:
+            ValueError: they do not fall from at most pi/2 to 0.
+        """
+        if self.timesteps is None:
+            return None
+        angles = torch.tensor([float(one) for one in self.timesteps], dtype=torch.float32)
+        falls = len(angles) > 1 and bool((angles[:-1] > angles[1:]).all()) and angles[-1] == 0 and angles[0] < 1.571
+        if not falls or self.max_timesteps is not None or self.intermediate_timesteps is not None:
+            raise ValueError(
+                "timesteps must fall from at most pi/2 to 0, and come without max_timesteps and "
+                f"intermediate_timesteps; they are {list(self.timesteps)}."
+            )
+        return angles
+
+    @property
+    def prompt_count(self) -> int:
+        """Number of prompts."""
+        if self.prompt_embeds is not None:
+            return int(self.prompt_embeds.shape[0])
+        assert self.prompt is not None
+        return len(inputs.as_prompts(self.prompt))
+
+    @property
+    def pag(self) -> float:
+        """The scale of perturbed-attention guidance; 1 is off."""
+        given = self.pag_guidance_scale if self.pag_guidance_scale is not None else self.pag_scale
+        return float(given) if given else 1.0
+
+    def embeds(self, encode: Encode, device: torch.device) -> PromptEmbeds:
+        """Returns the prompts' embeddings, one row an image."""
+        if self.prompt_embeds is not None and self.prompt_attention_mask is not None:
+            mask = _rows(self.prompt_attention_mask, 2).long()
+            encoded = PromptEmbeds(_rows(self.prompt_embeds).to(device), mask.to(device))
+        else:
+            assert self.prompt is not None
+            encoded = encode(inputs.as_prompts(self.prompt))
+        return self._one_an_image(encoded)
+
+    def null_embeds(self, encode: Encode, device: torch.device) -> PromptEmbeds:
+        """Returns the null caption's or the negative prompts' embeddings, one row an image."""
+        if self.negative_prompt_embeds is not None:
+            embeds = _rows(self.negative_prompt_embeds).to(device)
+            embeds = embeds.expand(self.prompt_count, -1, -1)
+            encoded = PromptEmbeds(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=device))
+        else:
+            encoded = encode(inputs.as_negative_prompts(self.negative_prompt, self.prompt_count), null=True)
+        return self._one_an_image(encoded)
+
+    def _one_an_image(self, encoded: PromptEmbeds) -> PromptEmbeds:
+        count = self.num_images_per_prompt
+        return replace(
+            encoded, embeds=encoded.embeds.repeat_interleave(count, 0), mask=encoded.mask.repeat_interleave(count, 0)
+        )
+
+
+def _rows(tensor: Tensor, ndim: int = 3) -> Tensor:
+    """Drops the middle axis of length one that embeddings have in some releases: (P, 1, L, D) -> (P, L, D)."""
+    tensor = tensor.squeeze(1) if tensor.ndim == ndim + 1 and tensor.shape[1] == 1 else tensor
+    if tensor.ndim != ndim:
+        raise ValueError(f"Embeddings must have {ndim} axes, not the shape {tuple(tensor.shape)}.")
+    return tensor

@@ -1,0 +1,125 @@
+"""Makes pictures of a list of prompts.
+
+python scripts/inference.py                                    (the bundled model, asset/samples_mini.txt)
+python scripts/inference.py --config=x.yaml --model_path=hf://owner/repo/weights.pth --txt_file=prompts.txt
+
+Pictures that are already there by the very same recipe are skipped, so a stopped run goes on when it is started again.
+Exit codes: 0 done, 1 failure (weights, network, disk, numbers), 2 wrong usage (options, prompt file, config).
+"""
+
+import argparse
+import re
+import sys
+import time
+from typing import Any
+
+OVERRIDE = re.compile(r"--[A-Za-z_]\w*(\.\w+)+=.*", re.DOTALL)
+
+
+def truth(text: str) -> bool:
+    """Reads a yes or no of the command line."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def numbers(text: str) -> list[float]:
+    """Reads "[0, 1]" or "0,1"."""
+    try:
+        return [float(one) for one in text.strip("[]() ").replace(",", " ").split()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers such as [0,1], not {text!r}") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser; an option that was not given is absent from its result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    flag = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
+    add = parser.add_argument
+    add("--config", help="YAML of the model; not needed where the weights say what they are")
+    add("--model_path", help="weights: path, hf://owner/repo/path, hub id or URL (default: asset/models/sana_tiny)")
+    add(
+        "--txt_file", help="prompts, one a line, --ar 1:2 or --hw 512:1024 at its end (default: asset/samples_mini.txt)"
+    )
+    add("--json_file", help='{"id": {"prompt": ..., "seed": ..., "height": ..., "width": ..., "negative_prompt": ...}}')
+    add("--work_dir", help="folder of the pictures (default: output/inference/<model>)")
+    add("--version", help="accepted as in the released script; has no effect")
+    add("--sample_nums", type=int, help="use only so many prompts of the list")
+    add("--bs", type=int, help="pictures in one call of the transformer; changes no picture (default: 1)")
+    add("--cfg_scale", type=float, help="classifier-free guidance; 1 is off (default: 4.5)")
+    add("--pag_scale", type=float, help="perturbed-attention guidance; 1 is off (default: 1)")
+    add("--sampling_algo", help="flow_dpm-solver, flow_euler, dpm-solver, sa-solver, scm (default: the config's)")
+    add("--seed", type=int, help="prompt i of the list uses seed + i (default: 0)")
+    add("--dataset", help="name of the prompt set, becomes a folder (default: custom, no folder)")
+    add("--step", type=int, help="sampling steps; -1 for the sampler's default")
+    add("--add_label", help="word for the folder's name")
+    add("--tar_and_del", **flag, help="pack the pictures into a .tar and delete them")
+    add("--exist_time_prefix", help="first word of the folder's name")
+    add("--gpu_id", type=int, help="number of the GPU; under a launcher each process takes its own")
+    add("--custom_image_size", type=int, help="side of square pictures, in pixels")
+    add("--start_index", type=int, help="first prompt to do (default: 0)")
+    add("--end_index", type=int, help="one past the last prompt to do (default: 30000)")
+    add("--interval_guidance", type=numbers, metavar="[LOW,HIGH]", help="guidance between these sigmas only")
+    add("--ablation_selections", type=numbers, metavar="[A,B,...]", help="repeat everything with these values ...")
+    add("--ablation_key", help="... of this option: cfg_scale, pag_scale, step or seed")
+    add("--debug", **flag, help="only two prompts, and tracebacks of errors")
+    add("--if_save_dirname", **flag, help="write the folder's name to dirname.txt beside it")
+    add("--dtype", help="fp32, bf16 or fp16 (default: fp32 on a CPU, else the config's)")
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one)")
+    return parser
+
+
+def choose_device(given: dict[str, Any], logger: Any) -> str | None:
+    """Returns the device that --gpu_id, --device and a launcher ask for; None for the default."""
+    import torch
+
+    from sana.utils import distributed
+
+    gpu = given.pop("gpu_id", None)
+    device = given.pop("device", None)
+    if device is not None and gpu is not None:
+        raise ValueError("--device and --gpu_id were both given; give one of them.")
+    if device is not None or not torch.cuda.is_available():
+        if gpu is not None:
+            logger.warning("--gpu_id=%s has no effect: there is no CUDA device", gpu)
+        return device
+    count = torch.cuda.device_count()
+    index = distributed.local_rank() % count if distributed.world_size() > 1 else gpu or 0
+    if not 0 <= index < count:
+        raise ValueError(f"--gpu_id={index} is not there: this machine has {count} CUDA devices, from 0.")
+    return f"cuda:{index}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    started = time.monotonic()
+    parser = build_parser()
+    known, rest = parser.parse_known_args(arguments)
+    strangers = [one for one in rest if not OVERRIDE.fullmatch(one)]
+    if strangers:
+        parser.error(f"unknown argument {strangers[0]} (a config override is written --section.key=value)")
+    given = vars(known)
+
+    from sana.pipelines.command import run_command
+
+    def work() -> None:
+        from sana.pipelines import batch, options
+        from sana.utils.logging import setup_logging
+
+        logger = setup_logging()
+        if given.pop("version", None) is not None:
+            logger.info("--version has no effect")
+        device = choose_device(given, logger)
+        for report in batch.run(options.InferenceOptions(**given, device=device, overrides=rest)):
+            logger.info("%d made, %d already there, in %s", len(report.made), len(report.skipped), report.folder)
+            if report.index:
+                print(report.index)
+        logger.info("done in %.1f s", time.monotonic() - started)
+
+    return run_command(work, debug=bool(given.get("debug")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
