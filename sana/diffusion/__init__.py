@@ -1,4 +1,4 @@
-"""The noise process, guidance and the samplers. Everything here knows a callable and a list of times, never a model class."""
+"""The noise process, guidance and the samplers: all know a callable and a list of times, never a model class."""
 
 from sana.registry import Registry
 

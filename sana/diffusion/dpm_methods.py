@@ -18,8 +18,8 @@ class DPMOptions:
 
     Attributes:
         order: 1, 2 or 3; with fewer steps than the order the order is lower.
-        method: "multistep" makes one model call a step and remembers earlier ones; "singlestep" makes up to `order` calls a
-            step; "adaptive" goes from the first to the last time in steps of its own.
+        method: "multistep" makes one model call a step and remembers earlier ones; "singlestep" makes up to `order`
+            calls a step; "adaptive" goes from the first to the last time in steps of its own.
         solver_type: "dpmsolver" or "taylor": how the second-order term is weighted.
         lower_order_final: only for "multistep": whether the last steps lower the order.
 
@@ -69,13 +69,22 @@ def solve(
     callback: StepCallback | None,
 ) -> Tensor:
     """Integrates from times[0] to times[-1] by the method of the options; see the methods themselves."""
-    kind = {"solver_type": options.solver_type, "callback": callback}
+    solver_type = options.solver_type
     if options.method == "singlestep":
         orders = singlestep_orders(len(times) - 1, options.order)
-        return singlestep(predict_data, schedule, noise, times, orders, **kind)
+        return singlestep(predict_data, schedule, noise, times, orders, solver_type=solver_type, callback=callback)
     if options.method == "adaptive":
         first, last = float(times[0]), float(times[-1])
-        return adaptive(predict_data, schedule, noise, first, last, order=options.order, **kind)
+        return adaptive(
+            predict_data,
+            schedule,
+            noise,
+            first,
+            last,
+            order=options.order,
+            solver_type=solver_type,
+            callback=callback,
+        )
     return multistep(
         predict_data,
         schedule,
@@ -83,5 +92,6 @@ def solve(
         times,
         order=options.order,
         lower_order_final=options.lower_order_final,
-        **kind,
+        solver_type=solver_type,
+        callback=callback,
     )

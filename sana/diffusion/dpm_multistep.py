@@ -1,4 +1,4 @@
-"""Multistep DPM-Solver++ of orders 1 to 3 on any noise schedule (Lu et al. 2022, arXiv 2211.01095, algorithm 2). No model is here."""
+"""Multistep DPM-Solver++ of orders 1 to 3 on any noise schedule (Lu et al. 2022, 2211.01095). No model is here."""
 
 import math
 from collections.abc import Sequence

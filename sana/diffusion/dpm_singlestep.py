@@ -1,4 +1,4 @@
-"""Singlestep and adaptive DPM-Solver++ on any noise schedule (Lu et al. 2022, arXiv 2206.00927, 2211.01095). No model is here."""
+"""Singlestep and adaptive DPM-Solver++ on any noise schedule (Lu et al. 2022, arXiv 2206.00927). No model is here."""
 
 import math
 
@@ -11,7 +11,7 @@ from sana.diffusion.sampler import ModelFn, StepCallback, report
 
 
 def singlestep_orders(num_calls: int, order: int) -> list[int]:
-    """Returns the orders of the steps that together make `num_calls` model calls; only the last steps are below `order`."""
+    """Returns the orders of steps that together make `num_calls` model calls; only the last are below `order`."""
     if order == 3 and num_calls % 3 == 0:
         return [3] * (num_calls // 3 - 1) + [2, 1]
     whole, rest = divmod(num_calls, order)
@@ -83,7 +83,7 @@ def single_step(
     """One step of order len(times) - 1.
 
     Returns:
-        The latents at times[-1], and those of the step one order lower (at order 1 the same) made of the same model calls.
+        The latents at times[-1], and those of the step one order lower (at order 1 the same).
     """
     lambdas = schedule.log_snr(times).tolist()
     alphas, sigmas = schedule.alpha(times).tolist(), schedule.sigma(times).tolist()

@@ -1,4 +1,4 @@
-"""Flow matching: the noise process, its sigma grids, the velocity target and the loss. No solver and no network is here.
+"""Flow matching: the noise process, its sigma grids, the velocity target and the loss. No solver is here.
 
 The process is x_sigma = (1 - sigma) * latents + sigma * noise with sigma in [0, 1] (1 = noise); networks predict the
 velocity noise - latents (Sana, section 2.3; Esser et al. 2024, equations 12 to 14).
@@ -17,7 +17,9 @@ def check_flow_shift(flow_shift: float) -> None:
 
 
 def shift_sigma(sigma: Tensor, flow_shift: float) -> Tensor:
-    """Moves noise levels towards 1 for large images: s * sigma / (1 + (s - 1) * sigma) (Esser et al. 2024, equation 23).
+    """Moves noise levels towards 1 for large images: s * sigma / (1 + (s - 1) * sigma).
+
+    Esser et al. 2024, equation 23.
 
     Args:
         sigma: any shape, in [0, 1].
@@ -47,7 +49,7 @@ def sampling_sigmas(num_inference_steps: int, flow_shift: float, first: float = 
 
 
 def training_sigmas(flow_shift: float, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> Tensor:
-    """Returns the shifted noise level of every training index: (num_train_timesteps,) float64, rising from 0 to below 1."""
+    """Returns the shifted noise level of every training index: (num_train_timesteps,) float64, rising from 0."""
     check_flow_shift(flow_shift)
     sigma = 1.0 - torch.linspace(1.0, 0.001, num_train_timesteps, dtype=torch.float64)
     return shift_sigma(sigma, flow_shift)

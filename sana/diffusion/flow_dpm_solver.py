@@ -1,4 +1,4 @@
-"""Flow-DPM-Solver: DPM-Solver++ on the flow-matching process, Sana's own sampler (section 2.4, algorithm 1). No guidance is here."""
+"""Flow-DPM-Solver: DPM-Solver++ on the flow-matching process (Sana, section 2.4, algorithm 1). No guidance is here."""
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ def sample(
     """Integrates the flow from noise to latents.
 
     A velocity v becomes predicted latents x - sigma * v. The official sampler guides the implied noise and divides by
-    1 - sigma: the same number in exact arithmetic, with `prediction="noise"` the same in float32, where near sigma 1 its
-    rounding errors are some hundred times greater.
+    1 - sigma: the same number in exact arithmetic, and with `prediction="noise"` the same in float32, whose rounding
+    errors are some hundred times greater there near sigma 1.
 
     Args:
         velocity_fn: (latents, sigma 0-d) -> velocity (or noise) like `latents`.

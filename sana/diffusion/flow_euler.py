@@ -1,4 +1,4 @@
-"""Flow-Euler: the first-order sampler of flow matching, on the grid of diffusers' FlowMatchEulerDiscreteScheduler. No guidance is here."""
+"""Flow-Euler: the first-order sampler of flow matching, on diffusers' FlowMatchEuler grid. No guidance is here."""
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from sana.diffusion.sampler import Generators, ModelFn, Sampler, StepCallback, c
 def times(num_inference_steps: int, *, flow_shift: float = 3.0) -> Tensor:
     """Returns the noise levels of the model calls, and 0.
 
-    They are uniform between 1 and the SHIFTED least training level, and then shifted (again): the official sampler's grid
-    comes out so. It is computed in float64 and float32 exactly as there, for truncated timesteps depend on the last bit.
+    They are uniform between 1 and the SHIFTED least training level, and then shifted (again): the official grid comes
+    out so. It is computed in float64 and float32 exactly as there, for truncated timesteps depend on the last bit.
 
     Args:
         num_inference_steps: N.
@@ -23,8 +23,8 @@ def times(num_inference_steps: int, *, flow_shift: float = 3.0) -> Tensor:
     """
     check_steps(num_inference_steps)
     check_flow_shift(flow_shift)
-    least = np.float32(1 / NUM_TRAIN_TIMESTEPS)
-    least = float(flow_shift * least / (1 + (flow_shift - 1) * least))
+    finest = np.float32(1 / NUM_TRAIN_TIMESTEPS)
+    least = float(flow_shift * finest / (1 + (flow_shift - 1) * finest))
     sigma = np.linspace(NUM_TRAIN_TIMESTEPS, least * NUM_TRAIN_TIMESTEPS, num_inference_steps) / NUM_TRAIN_TIMESTEPS
     sigma = flow_shift * sigma / (1 + (flow_shift - 1) * sigma)
     return torch.cat([torch.from_numpy(sigma).float(), torch.zeros(1)])

@@ -1,7 +1,7 @@
-"""Guidance: which branches of the model a step needs and how their predictions combine. No sampler and no model is here.
+"""Guidance: which branches of the model a step needs and how their predictions combine. No sampler is here.
 
-CFG is Ho and Salimans 2022; the interval Kynkäänniemi et al. 2024; PAG (a branch whose self-attention is the identity in
-some blocks) Ahn et al. 2024. The model evaluates the branches in the order of `BRANCHES`, in one batch.
+CFG is Ho and Salimans 2022; the interval Kynkäänniemi et al. 2024; PAG (a branch whose self-attention is the identity
+in some blocks) Ahn et al. 2024. The model evaluates the branches in the order of `BRANCHES`, in one batch.
 """
 
 import math
@@ -30,8 +30,8 @@ class Guidance:
             "classifier-free_PAG_seq" uses the perturbed branch only from sigma 0.5 up.
         guidance_scale: weight of cond - uncond; 1 leaves the uncond branch out.
         pag_scale: weight of cond - perturbed, for the PAG kinds.
-        interval: sigmas (lower, upper), both exclusive, between which CFG works; outside, the prompt alone. An upper end
-            of 1 or more includes sigma 1. The PAG kinds ignore it, as the official sampler does.
+        interval: sigmas (lower, upper), both exclusive, between which CFG works; outside, the prompt alone. An upper
+            end of 1 or more includes sigma 1. The PAG kinds ignore it, as the official sampler does.
 
     Raises:
         ValueError: unknown kind, a scale that is not finite, or an interval that is empty.

@@ -1,4 +1,4 @@
-"""Noise schedules as functions of continuous time: flow matching and variance preserving; and grids of times. No solver is here.
+"""Noise schedules over continuous time (flow matching, variance preserving) and grids of times. No solver is here.
 
 Both describe x_t = alpha(t) * latents + sigma(t) * noise for t in [0, 1]; lambda(t) = log(alpha / sigma) is the half
 log-SNR in which DPM-Solver++ steps (Lu et al. 2022). Everything is computed in float64.

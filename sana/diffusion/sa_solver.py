@@ -1,4 +1,4 @@
-"""SA-Solver: a stochastic Adams method on the variance-preserving process (Xue et al. 2023, algorithm 1). No guidance is here."""
+"""SA-Solver: a stochastic Adams method on the variance-preserving process (Xue et al. 2023). No guidance is here."""
 
 import math
 

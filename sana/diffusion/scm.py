@@ -1,4 +1,4 @@
-"""SCM and TrigFlow sampling of distilled models (Sana-Sprint) in 1 to 4 steps. No guidance is here: the network knows its scale.
+"""SCM and TrigFlow sampling of distilled models (Sana-Sprint) in 1 to 4 steps. No guidance is here.
 
 TrigFlow: x_t = cos(t) * latents + sin(t) * sigma_data * noise for t in [0, pi/2]; the network F predicts
 dx/dt / sigma_data, so that latents = cos(t) * x - sin(t) * sigma_data * F (sCM, Lu and Song 2024, section 3.1).
@@ -26,8 +26,8 @@ def times(
     Args:
         num_inference_steps: N.
         max_timesteps: the first angle, in (0, 1.5708].
-        intermediate_timesteps: the second angle of exactly two steps (1.3 in the released models); other numbers of steps are
-            always uniform.
+        intermediate_timesteps: the second angle of exactly two steps (1.3 in the released models); other numbers of
+            steps are always uniform.
 
     Returns:
         (N + 1,) float32 on the CPU, falling.

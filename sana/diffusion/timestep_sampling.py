@@ -1,4 +1,4 @@
-"""Which noise level each training sample gets: uniform, logit-normal, mode and TrigFlow densities. No shift is applied here."""
+"""Which noise level a training sample gets: uniform, logit-normal, mode, TrigFlow. No shift is applied here."""
 
 import math
 
