@@ -108,10 +108,14 @@ def find_text_encoder(name_or_path: str | Path) -> Path:
         return hub.resolve(name_or_path, kind="folder")
     official, reference = _on_the_hub(str(name_or_path))
     require_text_encoder(name_or_path)
+    inside = _path_inside(reference)
+    weights = official.weights if official else "*.safetensors"
+    patterns = [f"{inside}{pattern}" for pattern in (*_SMALL_FILES, weights)]
+    if inside:  # diffusers keeps the tokenizer beside the folder of the weights
+        patterns.append(f"{inside.rstrip('/').rpartition('/')[0]}/tokenizer/*".lstrip("/"))
     if official:
         logger.info("text encoder %s: %s on the hub, about %.1f GB", name_or_path, reference, official.gigabytes)
     try:
-        patterns = (*_SMALL_FILES, official.weights) if official else (*_SMALL_FILES, "*.safetensors")
         return hub.resolve(reference, kind="folder", allow_patterns=patterns)
     except hub.FetchError as error:
         raise _unavailable(str(name_or_path), reference, official, error) from error
@@ -119,6 +123,8 @@ def find_text_encoder(name_or_path: str | Path) -> Path:
 
 def require_text_encoder(name_or_path: str | Path) -> None:
     """Checks that a text encoder is here or may be fetched; asks for no more than its config.json (1 kB).
+
+    Asked through the folder, since the hub client retries a single file for half a minute when there is no network.
 
     Raises:
         TextEncoderError: it is gated, missing or unreachable; the message says what to do.
@@ -130,7 +136,7 @@ def require_text_encoder(name_or_path: str | Path) -> None:
         raise TextEncoderError(f"The file of embeddings {name_or_path} does not exist.")
     official, reference = _on_the_hub(str(name_or_path))
     try:
-        hub.resolve(f"{reference}/config.json", kind="file")
+        hub.resolve(reference, kind="folder", allow_patterns=[f"{_path_inside(reference)}config.json"])
     except hub.FetchError as error:
         raise _unavailable(str(name_or_path), reference, official, error) from error
 
@@ -148,6 +154,12 @@ def _on_the_hub(name: str) -> tuple[OfficialEncoder | None, str]:
             f"{suggest(name, list(OFFICIAL_ENCODERS))} Official names: {known}. A hub id owner/repository works too."
         )
     return next((known for known in OFFICIAL_ENCODERS.values() if known.hub_id == parsed.repo_id), None), str(parsed)
+
+
+def _path_inside(reference: str) -> str:
+    """The folder of an hf:// reference inside its repository, with a slash at the end; "" for the whole repository."""
+    parsed = hub.parse_hub_reference(reference)
+    return f"{parsed.path}/" if parsed is not None and parsed.path else ""
 
 
 def _unavailable(
