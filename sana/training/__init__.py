@@ -1,0 +1,1 @@
+"""Training: the flow-matching trainer of Sana, the trainer of small autoencoders, and what they share."""

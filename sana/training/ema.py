@@ -1,0 +1,39 @@
+"""Exponential moving average of a module's parameters, updated after the optimiser's step."""
+
+import torch
+from torch import nn
+
+
+class ExponentialMovingAverage:
+    """Keeps `average = decay * average + (1 - decay) * parameter`, in fp32.
+
+    Args:
+        module: whose parameters are averaged.
+        decay: the final decay; after n updates min(decay, (1 + n) / (10 + n)) is used, so that the average does not
+            remember the random start.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
+        self.decay, self.updates = decay, 0
+        self.average = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, parameter in module.named_parameters():
+            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Writes the average into a module with the same parameters."""
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.average[name])
+
+    def state_dict(self) -> dict:
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)
