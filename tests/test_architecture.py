@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -300,25 +301,19 @@ def test_modules_say_what_they_hold() -> None:
     assert [path for path in sources() if not ast.get_docstring(tree(path))] == []
 
 
-def test_importing_everything_is_quiet_and_needs_no_triton(tmp_path: Path) -> None:
-    modules = [module_of(path) for path in sources() if path.startswith("sana/") and "/ops/" not in path]
-    modules = [module for module in modules if "kl" not in module.rsplit(".", 1)[-1]]
+def test_importing_everything_does_nothing(tmp_path: Path) -> None:
+    modules = [module_of(path) for path in sources() if path.startswith("sana/")]
     code = (
-        "import importlib, sys, os\n"
+        "import importlib, os, sys\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
         "import torch\n"
-        "assert 'triton' not in sys.modules or not any(m.startswith('sana.ops') and hasattr(sys.modules[m], 'triton')\n"
-        "    for m in list(sys.modules)), 'triton was imported'\n"
-        "assert not torch.cuda.is_initialized()\n"
-        "assert os.listdir('.') == []\n"
+        "sys.exit('triton was imported' if 'triton' in sys.modules else\n"
+        "         'CUDA was initialised' if torch.cuda.is_initialized() else\n"
+        "         'files were written' if os.listdir('.') else 0)\n"
     )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 

@@ -1,6 +1,6 @@
 """Times the bundled model on this machine: start to ready, one picture, and the greatest memory. It makes no claims.
 
-    python tools/benchmark.py --repeats=5
+python tools/benchmark.py --repeats=5
 """
 
 import time
