@@ -66,7 +66,7 @@ class TextEncoder(nn.Module):
         name: str = "",
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.model_max_length = model_max_length
         self.name = name
