@@ -112,7 +112,7 @@ def transformer_arguments(config: "SanaConfig") -> dict[str, object]:
         "logvar": model.logvar,
         "micro_condition": model.micro_condition,
     }
-    if isinstance(model.extra, dict):  # the size of a network that is not a released preset
+    if model.model == "SanaMS_Tiny_P1" and isinstance(model.extra, dict):  # the released presets have fixed sizes
         arguments |= {key: model.extra[key] for key in ("depth", "hidden_size", "num_heads") if key in model.extra}
     return arguments
 

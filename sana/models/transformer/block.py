@@ -1,7 +1,6 @@
 """One block of the Linear DiT: self-attention, cross-attention and Mix-FFN with shared time modulation."""
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from sana.models.transformer.architecture import SanaArchitecture
@@ -15,6 +14,25 @@ from sana.models.transformer.attention import (
 from sana.models.transformer.embedding import modulate
 from sana.models.transformer.mix_ffn import build_feed_forward
 from sana.models.transformer.position import Rotary
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, replaces whole rows by zero and scales the others up.
+
+    Args:
+        rate: probability of dropping a row.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        if not self.training or self.rate == 0:
+            return x
+        kept = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.rate)
+        return x * (kept / (1 - self.rate))
 
 
 class SanaBlock(nn.Module):
@@ -36,7 +54,7 @@ class SanaBlock(nn.Module):
         self.cross_attn = cross_attention(dim, architecture.num_heads, qk_norm=architecture.cross_norm)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = build_feed_forward(architecture)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = DropPath(drop_path)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def forward(

@@ -41,7 +41,8 @@ def _sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=16)
 def sincos_table(dim: int, grid: tuple[int, int], pe_interpolation: float, base_size: int) -> Tensor:
     """`sincos_2d` as a float32 CPU tensor (1, N, D). The key is the whole grid, never the number of tokens."""
-    return torch.from_numpy(sincos_2d(dim, grid, pe_interpolation, base_size)).float().unsqueeze(0)
+    with torch.inference_mode(False):  # a kept table must serve training after it was made in inference
+        return torch.from_numpy(sincos_2d(dim, grid, pe_interpolation, base_size)).float().unsqueeze(0)
 
 
 def rotary_axes(head_dim: int) -> tuple[int, int, int]:
@@ -64,14 +65,15 @@ def rotary_table(axes: tuple[int, int, int], grid: tuple[int, int], pe_interpola
         Two float32 CPU tensors (N, d); neighbouring pairs of channels share an angle.
     """
     height, width = grid
-    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
-    columns = torch.arange(width, dtype=torch.float64).repeat(height)
+    rows = np.repeat(np.arange(height), width)
+    columns = np.tile(np.arange(width), height)
     angles = []
-    for dim, positions in zip(axes, (torch.zeros_like(rows), rows, columns), strict=True):
-        frequencies = ROPE_THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1))
-        angles.append(torch.outer(positions / pe_interpolation, frequencies).repeat_interleave(2, dim=1))
-    angle = torch.cat(angles, dim=1)  # (N, d)
-    return angle.cos().float(), angle.sin().float()
+    for dim, positions in zip(axes, (np.zeros(height * width), rows, columns), strict=True):
+        frequencies = ROPE_THETA ** -(np.arange(0, dim, 2) / max(dim, 1))
+        angles.append(np.outer(positions / pe_interpolation, frequencies).repeat(2, axis=1))
+    angle = np.concatenate(angles, axis=1)  # (N, d)
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.cos(angle)).float(), torch.from_numpy(np.sin(angle)).float()
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
@@ -82,9 +84,10 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
         rotary: cosines and sines (N, d).
 
     Returns:
-        (B, h, N, d), dtype of `x`; the rotation is done in float32.
+        (B, h, N, d), dtype of `x`; the rotation is done in float32 or wider.
     """
     cosines, sines = rotary
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # (B, h, N, d)
-    return (x.float() * cosines + turned * sines).to(x.dtype)
+    return (wide * cosines + turned * sines).to(x.dtype)

@@ -103,7 +103,8 @@ class Sana(nn.Module):
         """
         rows = x.shape[0]
         data_info = data_info or {}
-        self._check_inputs(x, data_info, return_logvar, tuple(pag_layers), pag_rows)
+        self._check_inputs(x, data_info, return_logvar, bool(batch_invariant))
+        self._check_perturbation(x, tuple(pag_layers), pag_rows)
         inputs: dict[str, Tensor] = {"x": x, "timestep": timestep, "y": y if y.dim() == 4 else y.unsqueeze(1)}
         if mask is not None:
             inputs["mask"] = readable_tokens(mask.flatten(1))
@@ -112,7 +113,7 @@ class Sana(nn.Module):
         inputs = {name: repeat_rows(value, rows) for name, value in inputs.items()}
         if batch_invariant is None:
             batch_invariant = x.device.type == "cpu" and not self.training
-        if batch_invariant and not self.training:
+        if batch_invariant:
             return call_by_row(self._predict, inputs, rows, pag_rows, options)
         return self._predict(**inputs, **options, pag_rows=pag_rows)
 
@@ -216,9 +217,10 @@ class Sana(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         if self.architecture.cfg_embed:  # a fresh guidance embedding changes nothing
             nn.init.zeros_(self.cfg_embedder.mlp[2].weight)
-        position = self.position_embedding((self._base_size, self._base_size))
-        if position is not None:
-            self.pos_embed.copy_(position)
+        if not self.pos_embed.is_meta:
+            position = self.position_embedding((self._base_size, self._base_size))
+            if position is not None:
+                self.pos_embed.copy_(position)
 
     @property
     def _base_size(self) -> int:
@@ -240,9 +242,7 @@ class Sana(nn.Module):
 
         return run
 
-    def _check_inputs(
-        self, x: Tensor, data_info: dict[str, Any], return_logvar: bool, pag_layers: tuple[int, ...], pag_rows: int
-    ) -> None:
+    def _check_inputs(self, x: Tensor, data_info: dict[str, Any], return_logvar: bool, batch_invariant: bool) -> None:
         arch = self.architecture
         if x.dim() != 4 or x.shape[1] != arch.in_channels:
             raise ValueError(f"latents must have shape (B, {arch.in_channels}, H, W), not {tuple(x.shape)}.")
@@ -260,10 +260,17 @@ class Sana(nn.Module):
                 raise ValueError(f"this {type(self).__name__} needs data_info[{name!r}].")
         if return_logvar and not arch.logvar:
             raise ValueError("return_logvar=True needs a model built with logvar=True.")
+        if batch_invariant and self.training:
+            raise ValueError(
+                "batch_invariant=True has no meaning in training mode, where captions are dropped at random."
+            )
+
+    def _check_perturbation(self, x: Tensor, pag_layers: tuple[int, ...], pag_rows: int) -> None:
+        depth = self.architecture.depth
         if not 0 <= pag_rows <= x.shape[0]:
             raise ValueError(f"pag_rows must be between 0 and the batch size {x.shape[0]}, not {pag_rows}.")
-        if any(not 0 <= index < arch.depth for index in pag_layers):
-            raise ValueError(f"pag_layers must be block indices from 0 to {arch.depth - 1}, not {list(pag_layers)}.")
+        if any(not 0 <= index < depth for index in pag_layers):
+            raise ValueError(f"pag_layers must be block indices from 0 to {depth - 1}, not {list(pag_layers)}.")
 
 
 class SanaMS(Sana):
@@ -296,4 +303,4 @@ SanaMS_2400M_P1_D30 = partial(SanaMS, **{**_1600M, "depth": 30}, patch_size=1)
 SanaMS_3200M_P1_D40 = partial(SanaMS, **{**_1600M, "depth": 40}, patch_size=1)
 SanaMS_4800M_P1_D60 = partial(SanaMS, **{**_1600M, "depth": 60}, patch_size=1)
 # A small network for tests and for the bundled model; depth, hidden_size and num_heads may be given too.
-SanaMS_Tiny_P1 = partial(SanaMS, depth=8, hidden_size=256, num_heads=4, patch_size=1)
+SanaMS_Tiny_P1 = partial(SanaMS, depth=6, hidden_size=224, num_heads=7, patch_size=1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Scales the last axis to unit root mean square, in float32, then multiplies by `weight` (Zhang and Sennrich 2019).
+    """Scales the last axis to unit root mean square, in float32 or wider, then multiplies by `weight` (Zhang 2019).
 
     Args:
         x: (..., D), any floating dtype.
@@ -16,7 +16,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         (..., D), dtype of `x`.
     """
-    normed = F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = F.rms_norm(x.to(wide), (x.shape[-1],), weight.to(wide), eps)
     return normed.to(x.dtype)
 
 
@@ -32,7 +33,7 @@ def rms_norm_2d(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     Returns:
         (B, C, H, W), dtype and memory format of `x`.
     """
-    wide = x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + eps)
     if weight is not None:
         normed = normed * weight.float().view(1, -1, 1, 1)
