@@ -37,5 +37,16 @@ lint: ready
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+# The autoencoder, then an untrained text encoder, then the transformer together with the text encoder. A stopped stage
+# goes on from its folder. On a GPU the trainers use it; on a CPU, WORKERS processes of one thread each.
+train-tiny: ready
+	$(RUN) OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=$(WORKERS) \
+	    train_scripts/train_dcae.py --work_dir=output/tiny/dcae --minutes=$(MINUTES)
+	[ -e output/tiny/text_encoder/config.json ] || \
+	    $(PYTHON) train_scripts/create_text_encoder.py output/tiny/text_encoder
+	$(RUN) bash train_scripts/train.sh configs/sana_config/tiny/Sana_tiny_img256.yaml --np=$(WORKERS) \
+	    --vae.vae_pretrained=output/tiny/dcae/vae --text_encoder.text_encoder_name=output/tiny/text_encoder \
+	    --train.early_stop_hours=$(shell awk "BEGIN {print $(MINUTES) / 60}") --work_dir=output/tiny/sana
+
 bench: ready
 	HF_HUB_OFFLINE=1 $(PYTHON) tools/benchmark.py

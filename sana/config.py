@@ -78,7 +78,7 @@ NO_EFFECT: dict[str, tuple[str, Callable[[SanaConfig], bool]]] = {
 
 
 _FULL = SanaConfig(controlnet=ControlNetConfig(), model_growth=ModelGrowthConfig())
-DICT_DEFAULTS: dict[str, dict[str, Any]] = {  # entries of these can be set alone on the command line
+DICT_DEFAULTS: dict[str, dict[str, Any]] = {  # entries of these, and of `extra`, can be set alone
     f"{section}.{key}": value
     for section, part in vars(_FULL).items()
     if dataclasses.is_dataclass(part)
@@ -176,7 +176,7 @@ def _apply_override(raw: dict[str, Any], key: str, text: str) -> None:
         owner, _, entry = key.rpartition(".")
         if owner not in schema() or dataclasses.is_dataclass(schema()[owner]):
             raise _unknown(key, source)
-        if owner not in DICT_DEFAULTS:
+        if owner not in DICT_DEFAULTS and schema()[owner] is not Any:
             raise ConfigError(f"{source}: {owner} has no entries that can be set alone; give the whole value.")
     annotation = Any if entry else schema().get(owner, Any)
     if annotation is str or (annotation == OPTIONAL_TEXT and text not in ("null", "~", "None", "")):
@@ -190,6 +190,6 @@ def _apply_override(raw: dict[str, Any], key: str, text: str) -> None:
         raw[section] = raw.get(section) or {}  # an optional section may be null
         raw = raw[section]
     if entry:
-        start = raw.get(name, DICT_DEFAULTS[owner])
+        start = raw.get(name, DICT_DEFAULTS.get(owner))
         value = {**(start if isinstance(start, dict) else {}), entry: value}
     raw[name] = value

@@ -87,6 +87,10 @@ def test_one_entry_of_a_dictionary(path: Path) -> None:
     after = load_config(path, ["--train.optimizer_D.lr=3e-4"]).train.optimizer_D
     assert after == {**DICT_DEFAULTS["train.optimizer_D"], "lr": 3e-4}
     assert load_config(path).train.optimizer_D["lr"] == 1e-4
+    assert load_config(path, ["--train.extra.steps=5", "--train.extra.rate=1e-3"]).train.extra == {
+        "steps": 5,
+        "rate": 1e-3,
+    }
 
 
 def test_text_keys_take_their_text_as_it_is(path: Path) -> None:
