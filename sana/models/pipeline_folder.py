@@ -20,7 +20,14 @@ from sana.models.autoencoder.dc_ae_keys import config_to_diffusers, to_diffusers
 from sana.models.autoencoder.loading import load_autoencoder, save_autoencoder
 from sana.models.checkpoint import CheckpointError, find_weights, load_state_dict, read_file
 from sana.models.diffusers_config import DIFFUSERS_VERSION
-from sana.models.diffusers_folder import read_json, write_json, write_scheduler, write_transformer, write_weights
+from sana.models.diffusers_folder import (
+    read_json,
+    weight_name,
+    write_json,
+    write_scheduler,
+    write_transformer,
+    write_weights,
+)
 from sana.models.diffusers_keys import EXTRA_KEYS
 from sana.models.metadata import CheckpointMetadata, cast_state, save_checkpoint
 from sana.models.text_encoder.load import find_text_encoder
@@ -245,10 +252,12 @@ def _copy_text_encoder(
     stored = read_file(find_weights(source, read_variant))
     state = {key.removeprefix("model."): tensor for key, tensor in stored.items() if not key.startswith("lm_head.")}
     state = cast_state(state, dtype)
+    write_weights(target, "model", state, variant)
+    if variant is not None and (target / weight_name("model", None)).is_file() and (target / "config.json").is_file():
+        return  # the config is that of the default files, which decide the dtype that transformers loads in
     if dtype is not None:
         name = str(parse_dtype(dtype)).removeprefix("torch.")
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": name}
-    write_weights(target, "model", state, variant)
     write_json(target / "config.json", config)
 
 
