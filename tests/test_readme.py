@@ -90,7 +90,7 @@ def parse_python(script: str, arguments: list[str], folder: Path) -> None:
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     overrides = [argument for argument in arguments if re.match(r"--\w+\.\w", argument)]
     for flag in flags:
-        assert "." in flag or flag in help_of(script), f"{script} has no {flag}"
+        assert "." in flag or re.search(rf"{flag}\b", help_of(script)), f"{script} has no {flag}"
     config = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), None)
     config = config or next((a for a in arguments if a.endswith(".yaml")), None)
     if config:
