@@ -4,6 +4,7 @@ It sees a picture and nothing else. How prompts are scored is in `score_scenes.p
 trains the classifier anew (about a minute on two CPU cores) and writes it to `asset/models/scene_judge`.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class EmojiClassifier(nn.Module):
         super().__init__()
         widths = (4, 24, 48, 96)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(4, after), nn.ReLU(), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1] * (SIDE // 8) ** 2, OTHER + 1)

@@ -37,7 +37,7 @@ def direction_matches(scene: Scene, found: list[Detection]) -> bool:
     down, right = second[0] - first[0], second[1] - first[1]
     along = {"to the left of": right, "to the right of": -right, "above": down, "below": -down}[str(scene.relation)]
     across = down if str(scene.relation).startswith("to the") else right
-    return along > abs(across)
+    return bool(along > abs(across))
 
 
 def judge_picture(judge: SceneJudge, scene: Scene, image: np.ndarray) -> dict[str, bool | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sana.data.scenes import scenes
-from sana.training.tiny_text import create_text_encoder
+from sana.models.text_encoder.tiny import create_text_encoder
 
 CHI = "Draw this picture."
 

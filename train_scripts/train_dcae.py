@@ -1,7 +1,7 @@
 """Trains the small DC-AE of the bundled model on drawn scenes and writes it as a model folder's `vae/`.
 
     torchrun --nproc_per_node 2 train_scripts/train_dcae.py --work_dir output/dcae --minutes 34
-    torchrun --nproc_per_node 2 train_scripts/train_dcae.py --work_dir output/dcae_sharp --init output/dcae/vae --decoder_only
+    python train_scripts/train_dcae.py --work_dir output/dcae_sharp --init output/dcae/vae --decoder_only
 
 A run that was stopped goes on from its work_dir.
 """

@@ -1,7 +1,7 @@
 """An unlimited captioned data set of drawn scenes: coloured shapes and colour emoji on plain backgrounds.
 
-A scene is data (what, where, how large) with a caption; `draw_scene` turns it into pixels. Objects stand on a lattice of
-32-pixel cells, the cells of an f32 autoencoder, which is what lets a very small model learn them. The pictures of
+A scene is data (what, where, how large) with a caption; `draw_scene` turns it into pixels. Objects stand on a lattice
+of 32-pixel cells, the cells of an f32 autoencoder, which is what lets a very small model learn them. The pictures of
 single objects are in `sprites.py`; how well a model draws scenes is measured by `tools/score_scenes.py`.
 """
 

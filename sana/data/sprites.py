@@ -11,11 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 FONT_SIZE = 109  # the only bitmap size that Noto Color Emoji holds
-FONT_PATHS = (
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu: fonts-noto-color-emoji
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf",  # Arch, Alpine
-    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",  # Fedora
-)
+FONT = Path(__file__).parents[2] / "asset/fonts/NotoColorEmoji-scenes.ttf"  # a subset that holds EMOJI, see its LICENSE
 MARGIN = 0.94  # a sprite fills this part of its box, so that neighbours never touch
 
 EMOJI = "🍋🍌🍉🍓🍍🥕🍄🌻🌹🌵🚗🚌🚀⚓🔔🎈🎸👑🐙🐢🐘🐌🐧🦉🦊🐸🐱🐶🍩🍔🏠🌲⚽🦋"
@@ -30,10 +26,6 @@ BACKGROUNDS = {
 }  # fmt: skip
 
 
-class DataError(RuntimeError):
-    """Something the drawn data set needs is missing."""
-
-
 def unicode_noun(emoji: str) -> str:
     """The noun of an emoji: its Unicode name in lower case, without the word "face" ("FROG FACE" -> "frog")."""
     return unicodedata.name(emoji).lower().removesuffix(" face")
@@ -41,22 +33,6 @@ def unicode_noun(emoji: str) -> str:
 
 EMOJI_BY_NOUN = {unicode_noun(emoji): emoji for emoji in EMOJI}
 NOUNS = (*EMOJI_BY_NOUN, *SHAPES)
-
-
-@functools.cache
-def find_font() -> Path:
-    """Path of the Noto Color Emoji font.
-
-    Raises:
-        DataError: the font is not installed.
-    """
-    for path in map(Path, FONT_PATHS):
-        if path.is_file():
-            return path
-    raise DataError(
-        "The font Noto Color Emoji was not found in " + ", ".join(FONT_PATHS) + "; install it with "
-        "`apt-get install fonts-noto-color-emoji` (Debian, Ubuntu) or your system's package of that name."
-    )
 
 
 @functools.cache
@@ -83,7 +59,7 @@ def sprite(noun: str, colour: str | None, size: int) -> np.ndarray:
 
 
 def _emoji(noun: str) -> Image.Image:
-    font = ImageFont.truetype(str(find_font()), FONT_SIZE)
+    font = ImageFont.truetype(str(FONT), FONT_SIZE)
     canvas = Image.new("RGBA", (160, 160), (255, 255, 255, 0))
     ImageDraw.Draw(canvas).text((12, 12), EMOJI_BY_NOUN[noun], font=font, embedded_color=True)
     return canvas.crop(canvas.getbbox())

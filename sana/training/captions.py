@@ -1,8 +1,9 @@
 """Text embeddings during joint training of the text encoder: trimmed to real tokens, null captions as at inference."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 
 class CaptionEncoder(nn.Module):
@@ -19,9 +20,7 @@ class CaptionEncoder(nn.Module):
         model_max_length: tokens of the window at most.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, chi_prompt: list[str], model_max_length: int
-    ) -> None:
+    def __init__(self, tokenizer: Any, model: nn.Module, chi_prompt: list[str], model_max_length: int) -> None:
         super().__init__()
         self.tokenizer, self.model, self.model_max_length = tokenizer, model, model_max_length
         self.chi = "\n".join(chi_prompt)

@@ -17,12 +17,12 @@ from sana.training.train_state import load_train_state, save_train_state
 ENCODE_BATCH = 8
 
 
-def encode_scenes(autoencoder: Autoencoder, drawn: Sequence[Scene]) -> Tensor:
-    """Scaled latents (N, C, 8, 8) fp32 of N scenes."""
+def encode_scenes(autoencoder: Autoencoder, drawn: Sequence[Scene], *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Scaled latents (N, C, 8, 8) fp32 of N scenes, computed in `dtype`."""
     pixels = torch.stack([torch.from_numpy(draw_scene(scene)) for scene in drawn])
     images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     device = next(autoencoder.parameters()).device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         raw = autoencoder.encoder(images.to(device))
     return (raw.float() - autoencoder.shift_factor) * autoencoder.scaling_factor
 

@@ -4,6 +4,7 @@ The full data pipeline, mixed optimisers, exact resume of data order and scale-o
 `sana.models`, the noise process from `sana.diffusion`.
 """
 
+import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -185,9 +186,8 @@ class Trainer:
         )
         save_checkpoint(folder / "model.safetensors", self.transformer, metadata, dtype=torch.bfloat16)
         text = self.module.captions
-        dtype = next(text.model.parameters()).dtype
-        text.model.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
-        text.model.to(dtype)
+        stored = copy.deepcopy(text.model).to(torch.bfloat16)  # casting the live model would cut DDP's gradient hooks
+        stored.save_pretrained(folder / "text_encoder")
         text.tokenizer.save_pretrained(folder / "text_encoder")
 
     def _draw_sigma(self, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 Official Sana uses a released Gemma-2 and never trains it; this one is trained jointly with the transformer.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,9 +31,16 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
         single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=_with_plain_bytes(tokenizer), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
         padding_side="right", clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def _with_plain_bytes(tokenizer: Tokenizer) -> Tokenizer:
+    """The trainer marks the byte tokens as special, and decoding would leave them out: makes them ordinary tokens."""
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in SPECIAL]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def create_text_encoder(folder: Path, captions: Iterable[str], *, vocab_size: int = 760, **config) -> None:
