@@ -396,3 +396,18 @@ def test_a_fresh_network_is_finite_and_near_zero_output() -> None:
     model = SanaMS(**SMALL).eval()
     out = model(**inputs())
     assert torch.isfinite(out).all() and 1e-4 < out.std() < 1
+
+
+@pytest.mark.parametrize("fp32_attention", [True, False])
+def test_bfloat16_autocast_trains_with_nearly_the_same_gradients(fp32_attention: bool) -> None:
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(2)
+        model = SanaMS(**{**SMALL, "class_dropout_prob": 0.0}).train()
+        set_fp32_attention(model, fp32_attention)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = model(**inputs(4))
+        (out.float() - inputs(4)["x"]).square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+    assert cosine > 0.99

@@ -1,5 +1,6 @@
 """Runs the recorded cases of the Linear DiT: whole networks, their modules, PAG, and the comparison with diffusers."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ from tests.parity.runners.dit_modules import (
 )
 
 NETWORKS = {"Sana": Sana, "SanaMS": SanaMS, "SanaMSCM": SanaMSCM, "SanaMSControlNet": SanaMSControlNet}
-CAPTION_DROP_SEED = 1033
+SEED_IN_TEXT = re.compile(r"manual_seed\((\d+)\)")  # how a case names the seed of its caption dropout
 
 
 def load_network(case: Case, constructor: dict, **changes) -> Sana:
@@ -37,7 +38,7 @@ def prepare(case: Case, model: Sana) -> None:
     set_fp32_attention(model, bool(call.get("fp32_attention")))
     model.gradient_checkpointing = bool(call.get("grad_checkpoint"))
     if model.training:
-        torch.manual_seed(CAPTION_DROP_SEED)
+        torch.manual_seed(int(SEED_IN_TEXT.search(case.raw["made_by"]).group(1)))
 
 
 def forward_arguments(case: Case) -> dict:
@@ -98,19 +99,23 @@ def check_modules(case: Case, model: Sana, recorded: dict[str, Tensor], argument
 
 
 def run_dit_forward_grad(case: Case) -> None:
-    for options in ({"batch_invariant": False}, {"batch_invariant": True}, {"gradient_checkpointing": True}):
+    training = not case.call.get("eval", True)
+    for checkpointing in (False, True):
         model = load_network(case, case.constructor)
         prepare(case, model)
-        model.gradient_checkpointing |= options.pop("gradient_checkpointing", False)
+        model.gradient_checkpointing |= checkpointing
+        options = {"batch_invariant": not training and not checkpointing}
         arguments = forward_arguments(case)
-        for name in ("x", "y"):
-            arguments[name] = arguments[name].clone().requires_grad_()
+        leaves = {}
+        for name in case.tensors("grad."):
+            holder = arguments if name in arguments else arguments["data_info"]
+            leaves[name] = holder[name] = holder[name].clone().requires_grad_()
         out = model(**arguments, **options)
         check_output(case, out, case.tensor("out"), str(options))
         out = out[0] if isinstance(out, tuple) else out
         (out * case.tensor("grad_out")).sum().backward()
         for name, expected in case.tensors("grad.").items():
-            case.assert_close(arguments[name].grad, expected, f"gradient of {name}, {options}")
+            case.assert_close(leaves[name].grad, expected, f"gradient of {name}, {options}")
         parameters = dict(model.named_parameters())
         for name, expected in case.tensors("gradw.").items():
             case.assert_close(parameters[name].grad, expected, f"gradient of {name}, {options}")
