@@ -250,7 +250,8 @@ def _folder(options: InferenceOptions) -> Path:
 
 
 def _size(item: PromptItem, options: InferenceOptions, pipeline: SanaPipeline) -> tuple[int, int]:
-    height, width = item.size(options.custom_image_size or pipeline.config.model.image_size)
+    custom = options.custom_image_size
+    height, width = item.size(pipeline.config.model.image_size if custom is None else custom)
     factor = pipeline.config.vae.vae_downsample_rate
     inputs.plan_size(height, width, factor=factor, image_size=pipeline.config.model.image_size, binning=True)
     return height, width

@@ -43,7 +43,8 @@ def plan_size(height: int, width: int, *, factor: int, image_size: int, binning:
         width: asked for, in pixels.
         factor: the autoencoder's downsampling factor.
         image_size: the resolution the model was trained for; names the table of trained shapes.
-        binning: generate the trained shape whose height / width ratio is nearest, then resize and crop.
+        binning: generate the trained shape whose height / width ratio is nearest, then resize and crop. Without effect
+            where there is no table for `image_size`: then the very size is generated.
 
     Raises:
         ValueError: a side is not a whole number in [factor, 16384], or no multiple of factor while binning is off.
@@ -51,19 +52,15 @@ def plan_size(height: int, width: int, *, factor: int, image_size: int, binning:
     for name, side in (("height", height), ("width", width)):
         if isinstance(side, bool) or not isinstance(side, int) or not factor <= side <= MAX_SIDE:
             raise ValueError(f"{name} must be a whole number of pixels from {factor} to {MAX_SIDE}, not {side!r}.")
-    if not binning:
+    table = ASPECT_RATIOS.get(f"ASPECT_RATIO_{image_size}_TEST")
+    if not binning or table is None:
         for name, side in (("height", height), ("width", width)):
             if side % factor:
                 raise ValueError(
                     f"{name} {side} is not a multiple of {factor}; use {side // factor * factor} or "
-                    f"{-(-side // factor) * factor}, or use_resolution_binning=True."
+                    f"{-(-side // factor) * factor}" + (", or use_resolution_binning=True." if table else ".")
                 )
         return ImageSize(height, width, height, width)
-    table = ASPECT_RATIOS.get(f"ASPECT_RATIO_{image_size}_TEST")
-    if table is None:
-        raise ValueError(
-            f"There is no table of trained shapes for image_size {image_size}; use use_resolution_binning=False."
-        )
     # The 256 table has sides such as 144 that an autoencoder of factor 32 cannot make: take the nearest it can.
     bin_height, bin_width = (
         (int(side) + factor // 2) // factor * factor for side in classify_height_width_bin(height, width, table)

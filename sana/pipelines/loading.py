@@ -99,7 +99,8 @@ def _beside(folder: Path, name: str) -> str:
 def load_transformer(source: ModelSource, config: SanaConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Builds the transformer of a config and loads weights into it.
 
-    Nothing is initialised that the file overwrites: the network is built without storage where the file has it all.
+    Nothing is initialised that the file overwrites: the network is built without storage where the file has all its
+    parameters. Tables that the file lacks, `pos_embed` and the null caption of training, are not read by a sampler.
 
     Raises:
         CheckpointError: the weights do not fit the config.
@@ -108,24 +109,25 @@ def load_transformer(source: ModelSource, config: SanaConfig, dtype: torch.dtype
     stored = load_state_dict(source.path, variant=source.variant)
     with torch.device("meta"):
         model = build_transformer(config, clip_fp16=clip_fp16)
-    if any(name not in stored for name, _ in _tensors(model)):
+    if any(name not in stored for name, _ in model.named_parameters()):
         model = build_transformer(config, clip_fp16=clip_fp16)
+    for name, table in list(model.named_buffers()):
+        if table.is_meta and (name not in stored or stored[name].shape != table.shape):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, torch.zeros(table.shape, dtype=table.dtype))
     model = model.to(dtype)
     load_weights(model, source.path, variant=source.variant)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """All parameters and buffers by name, those that no state dict holds included."""
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
+@torch.inference_mode(False)  # loaded in the middle of a call, its tensors must stay usable outside
 def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
     """Loads the autoencoder of `config.vae` in `vae.weight_dtype`."""
     autoencoder = build_autoencoder(config, dtype=parse_dtype(config.vae.weight_dtype))
     return autoencoder.to(device).eval().requires_grad_(False)
 
 
+@torch.inference_mode(False)
 def load_text_encoder(config: SanaConfig, dtype: torch.dtype, device: torch.device) -> AnyTextEncoder:
     """Loads the text encoder of `config.text_encoder`."""
     return build_text_encoder(config, dtype=dtype).to(device)

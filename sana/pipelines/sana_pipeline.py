@@ -205,8 +205,8 @@ class SanaPipeline:
         self._check_sampler(name, sampler)
         request = replace(request, num_inference_steps=request.num_inference_steps or DEFAULT_STEPS[name])
         size = inputs.plan_size(
-            request.height or self.config.model.image_size,
-            request.width or self.config.model.image_size,
+            self.config.model.image_size if request.height is None else request.height,
+            self.config.model.image_size if request.width is None else request.width,
             factor=self.autoencoder.downsample_factor,
             image_size=self.config.model.image_size,
             binning=request.use_resolution_binning,
