@@ -13,7 +13,7 @@ WORKERS ?= 2
 MINUTES ?= 60
 RUN := PATH="$(dir $(abspath $(shell command -v $(PYTHON) || echo $(PYTHON)))):$$PATH"
 
-.PHONY: help ready demo test lint types train-tiny bench
+.PHONY: help ready demo test lint train-tiny bench
 
 help:
 	@echo "make demo        pictures by the bundled model, on the CPU, without a network"
