@@ -20,7 +20,7 @@ class DPMOptions:
         order: 1, 2 or 3; with fewer steps than the order the order is lower.
         method: "multistep" makes one model call a step and remembers earlier ones; "singlestep" makes up to `order`
             calls a step; "adaptive" goes from the first to the last time in steps of its own.
-        solver_type: "dpmsolver" or "taylor": how the second-order term is weighted.
+        solver_type: "dpmsolver", "taylor" or "adams": how the terms beyond the first are weighted; see `multistep`.
         lower_order_final: only for "multistep": whether the last steps lower the order.
 
     Raises:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sana.diffusion.noise_schedule import NoiseSchedule
 from sana.diffusion.sampler import ModelFn, StepCallback, report
 
-SOLVER_TYPES = ("dpmsolver", "taylor")
+SOLVER_TYPES = ("dpmsolver", "taylor", "adams")
 
 
 def check_solver(order: int, solver_type: str) -> None:
@@ -42,7 +42,9 @@ def multistep(
         latents: (B, ...) at times[0].
         times: (N + 1,) falling.
         order: 1, 2 or 3.
-        solver_type: "dpmsolver" or "taylor": how the second-order term is weighted.
+        solver_type: how the terms beyond the first are weighted. "dpmsolver" and "taylor" differ at order 2 and are the
+            released formulas; at order 3 both give the quadratic term half its weight, so that their error falls only
+            as h^2 when h is small. "adams" integrates the polynomial exactly ("taylor" up to order 2).
         lower_order_final: whether the last steps lower the order, which keeps few steps stable.
         callback: see `Sampler`.
     """
@@ -75,7 +77,7 @@ def phi_2(h: float) -> float:
 
 def phi_3(h: float) -> float:
     """phi_2 / h - 1/2."""
-    return phi_2(h) / h - 0.5 if abs(h) > 1e-2 else -h / 6 + h * h / 24 - h**3 / 120
+    return phi_2(h) / h - 0.5 if abs(h) > 1e-2 else -h / 6 + h**2 / 24 - h**3 / 120 + h**4 / 720
 
 
 def _extrapolate(history: Sequence[tuple[float, Tensor]], h: float, solver_type: str) -> Tensor:
@@ -95,4 +97,5 @@ def _extrapolate(history: Sequence[tuple[float, Tensor]], h: float, solver_type:
     lambda_2, oldest = history[2]
     r1 = (lambda_1 - lambda_2) / h
     curvature = (slope_0 - (older - oldest) / r1) / (r0 + r1)
-    return data + phi_2(h) * (slope_0 + r0 * curvature) - phi_3(h) * curvature
+    quadratic = -2 * phi_3(h) if solver_type == "adams" else -phi_3(h)
+    return data + phi_2(h) * (slope_0 + r0 * curvature) + quadratic * curvature

@@ -59,7 +59,7 @@ def singlestep(
         latents: (B, ...) at times[0].
         times: (sum(orders) + 1,) falling.
         orders: of the steps, each 1, 2 or 3.
-        solver_type: "dpmsolver" or "taylor".
+        solver_type: "dpmsolver", or "taylor", which is also "adams" here.
         callback: see `Sampler`; called after every step.
     """
     check_solver(max(orders), solver_type)
