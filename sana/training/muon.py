@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def split_parameters(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices for Muon, the rest for AdamW), without frozen ones; parameters whose name contains a word of `exclude` go to the rest."""
+    """(matrices for Muon, the rest for AdamW), without frozen parameters; `exclude`: words of names for the rest."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 
 from sana.data.scenes import (
-    CELL, COUNT_WORDS, GRID, KINDS, Scene, SceneObject, combinations, draw_scene, is_held_out, plural, sample_scene, scenes,
-)  # fmt: skip
+    CELL,
+    COUNT_WORDS,
+    GRID,
+    KINDS,
+    Scene,
+    SceneObject,
+    combinations,
+    draw_scene,
+    is_held_out,
+    plural,
+    sample_scene,
+    scenes,
+)
 from sana.data.sprites import BACKGROUNDS, COLOURS, NOUNS, SHAPES
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]  # ids 0-3, as in Gemma
 
@@ -31,8 +31,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
         single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=_with_plain_bytes(tokenizer), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
-        padding_side="right", clean_up_tokenization_spaces=False,
+        tokenizer_object=_with_plain_bytes(tokenizer), padding_side="right", clean_up_tokenization_spaces=False,
+        bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
     )  # fmt: skip
 
 
@@ -52,6 +52,8 @@ def create_text_encoder(folder: Path, captions: Iterable[str], *, vocab_size: in
         vocab_size: tokens in all, of which 260 are special tokens and bytes.
         **config: fields of `Gemma2Config`.
     """
+    from transformers import Gemma2Config, Gemma2Model  # brings in Triton where that is installed
+
     tokenizer = train_tokenizer(captions, vocab_size)
     shape = {
         "hidden_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
