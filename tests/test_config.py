@@ -1,5 +1,6 @@
 """Keys and defaults against the official schema; YAML, overrides and dictionaries; messages of everything refused."""
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -22,8 +23,10 @@ from sana.config import (
     load_config,
     schema,
 )
+from sana.pipelines.options import InferenceOptions
 
-DATA = Path(__file__).parent / "parity/data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests/parity/data"
 SCHEMA = json.loads((DATA / "manifests/config_schema.json").read_text())["SanaConfig"]
 
 
@@ -54,6 +57,27 @@ def test_annotations_are_official() -> None:
         ours = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
         optional = entry["name"] in ("controlnet", "model_growth")
         assert (f"Optional[{ours}]" if optional else ours) == entry["type"], entry["name"]
+
+
+def test_inference_options_are_official() -> None:
+    key = "scripts.inference.SanaInference (added fields)"
+    official = json.loads((DATA / "manifests/config_schema.json").read_text())[key]
+    ours = dataclasses.asdict(InferenceOptions())
+    elsewhere = {"version", "gpu_id"}  # of the command alone: no effect, and chosen with the device
+    bundled = {
+        "config",
+        "model_path",
+        "txt_file",
+        "sampling_algo",
+    }  # None stands for the bundled model, list and sampler
+    help_text = subprocess.run(
+        [sys.executable, ROOT / "scripts/inference.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for entry in official:
+        assert f"--{entry['name']} " in help_text
+        if entry["name"] not in elsewhere | bundled:
+            default = ours[entry["name"]]
+            assert (list(default) if isinstance(default, tuple) else default) == entry["default"], entry["name"]
 
 
 def test_defaults_are_not_shared() -> None:
@@ -210,4 +234,4 @@ def test_any_allowed_value_survives_the_round_trip(shift: float, seed: int, name
 
 def test_import_is_light() -> None:
     code = "import sys, sana, sana.config; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -15,7 +15,7 @@ def find_registries() -> dict[str, Registry]:
     found: dict[str, Registry] = {}
     for info in pkgutil.walk_packages(sana.__path__, "sana."):
         module = importlib.import_module(info.name)
-        for name, value in vars(module).items():
+        for name, value in list(vars(module).items()):
             if isinstance(value, Registry) and value not in found.values():
                 found[f"{info.name}.{name}"] = value
     return found
