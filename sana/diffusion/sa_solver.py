@@ -97,7 +97,8 @@ class _Span:
 
     def __init__(self, times: Tensor, eta: float) -> None:
         lower, upper = STOCHASTIC_TIMES
-        tau = eta if lower <= float(times[1]) <= upper else 0.0
+        inside = bool(times[1] >= lower) and bool(times[1] <= upper)  # in the precision of the times, ends included
+        tau = eta if inside else 0.0
         start, end = _SCHEDULE.log_snr(times).tolist()
         sigma_start, sigma_end = _SCHEDULE.sigma(times).tolist()
         alpha_end = float(_SCHEDULE.alpha(times[1]))

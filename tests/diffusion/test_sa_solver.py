@@ -67,6 +67,15 @@ def test_rows_with_their_own_generators_do_not_depend_on_the_batch() -> None:
         assert torch.equal(alone, together[row : row + 1])
 
 
+@pytest.mark.parametrize(("end", "noisy"), [(0.81, False), (0.8, True), (0.5, True), (0.2, True), (0.19, False)])
+def test_noise_is_added_between_times_0_2_and_0_8_ends_included(end: float, noisy: bool) -> None:
+    def one_step(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return sample(lambda x, t: x, torch.ones(1, 4), torch.tensor([0.9, end]), eta=1.0, generator=generator)
+
+    assert torch.equal(one_step(1), one_step(2)) != noisy
+
+
 def test_a_negative_eta_is_an_error() -> None:
     with pytest.raises(ValueError, match="eta"):
         sample(lambda latents, time: latents, torch.ones(1, 2), times(2), eta=-1.0)

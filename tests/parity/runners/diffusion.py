@@ -164,7 +164,7 @@ def run_diffusers_crosscheck(case: Case) -> None:
     """The default grid gives the official numbers; diffusers' own sigmas and timesteps give diffusers' numbers."""
     recorded, noise, mixture = case.tensors("out."), case.tensor("in.z"), GaussianMixture(case)
     sampler, cond = SAMPLERS["flow_dpm-solver"], case.tensor("in.cond")
-    shift = float(setting(case, "flow_shift", r"flow_shift=([\d.]+)", 3.0))
+    shift = float(setting(case, "flow_shift", r"flow_shift=(\d+(?:\.\d+)?)", 3.0))
     for key in [key for key in recorded if key.startswith("official.n")]:
         steps = int(key.removeprefix("official.n"))
         options = {"steps": steps, "order": 2, "cfg_scale": 1.0, "flow_shift": shift}
@@ -194,7 +194,7 @@ def run_vp(case: Case) -> None:
         options: dict[str, Any] = {"order": int(order), "method": method}
         scale, skip_type, steps = cfg_scale, "time_uniform", 1
         if method == "adaptive":
-            scale = float(setting(case, "adaptive_cfg_scale", r"adaptive[^;]*cfg ([\d.]+)", 1.0))
+            scale = float(setting(case, "adaptive_cfg_scale", r"adaptive[^;]*cfg (\d+(?:\.\d+)?)", 1.0))
         elif method == "singlestep":
             steps = int(setting(case, "singlestep_steps", r"singlestep uses steps=(\d+)", 10))
             skip_type = setting(case, "singlestep_skip_type", r"singlestep uses[^;]*skip_type='(\w+)'", "logSNR")
@@ -207,7 +207,7 @@ def run_vp(case: Case) -> None:
 
 def run_sa(case: Case) -> None:
     sampler = SAMPLERS["sa-solver"]
-    scale = float(setting(case, "cfg_scale", r"cfg ([\d.]+)", 4.5))
+    scale = float(setting(case, "cfg_scale", r"cfg (\d+(?:\.\d+)?)", 4.5))
     steps = int(setting(case, "steps", r"S=(\d+)", 25))
     seed = int(setting(case, "seed", r"manual_seed\((\d+)\)", 3005))
     model = guide(with_captions(TinyNoiseModel(), case), Guidance(guidance_scale=scale))
@@ -221,7 +221,7 @@ def run_sa(case: Case) -> None:
 
 def run_scm(case: Case) -> None:
     seed = int(setting(case, "seed", r"manual_seed\((\d+)\)", 3009))
-    sigma_data = float(setting(case, "sigma_data", r"lat=z\*([\d.]+)", 0.5))
+    sigma_data = float(setting(case, "sigma_data", r"lat=z\*(\d+(?:\.\d+)?)", 0.5))
     recorded = case.tensors("out.")
     for key, expected in recorded.items():
         match = re.fullmatch(r"(scm|trigflow)\.(\w+)\.n(\d+)", key)

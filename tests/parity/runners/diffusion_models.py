@@ -13,8 +13,8 @@ from tests.parity.common import Case
 IN_WORDS = {
     "order": r"\border=(\d)",
     "steps": r"\bsteps=(\d+)",
-    "flow_shift": r"\bshift=([\d.]+)",
-    "cfg_scale": r"\bcfg=([\d.]+)",
+    "flow_shift": r"\bshift=(\d+(?:\.\d+)?)",
+    "cfg_scale": r"\bcfg=(\d+(?:\.\d+)?)",
 }
 
 

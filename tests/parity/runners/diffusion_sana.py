@@ -122,7 +122,7 @@ def check_flow_dpm(case: Case, network: nn.Module, run: dict[str, Any]) -> None:
 
 
 def check_flow_euler(case: Case, network: nn.Module, key: str, steps: int) -> None:
-    scale = float(setting(case, "flow_euler_cfg_scale", r"FlowEuler\([^)]*cfg ([\d.]+)\)", 4.5))
+    scale = float(setting(case, "flow_euler_cfg_scale", r"FlowEuler\([^)]*cfg (\d+(?:\.\d+)?)\)", 4.5))
     denoiser, sampler = BatchedDenoiser(network, case, []), SAMPLERS["flow_euler"]
     times = sampler.times(steps, flow_shift=float(case.call.get("flow_euler_shift", 3.0)))
     result = sampler.sample(guide(denoiser, Guidance(guidance_scale=scale)), case.tensor("in.z"), times)
@@ -132,9 +132,9 @@ def check_flow_euler(case: Case, network: nn.Module, key: str, steps: int) -> No
 
 def run_solver_scm_sana(case: Case) -> None:
     network, noise, sampler = load_network(case), case.tensor("in.z"), SAMPLERS["scm"]
-    scale = torch.full((noise.shape[0],), float(setting(case, "cfg_scale", r"cfg_scale ([\d.]+)", 4.5)))
-    sigma_data = float(setting(case, "sigma_data", r"sigma_data ([\d.]+)", 0.5))
-    second = float(setting(case, "intermediate_timesteps", r"intermediate_timesteps ([\d.]+)", 1.3))
+    scale = torch.full((noise.shape[0],), float(setting(case, "cfg_scale", r"cfg_scale (\d+(?:\.\d+)?)", 4.5)))
+    sigma_data = float(setting(case, "sigma_data", r"sigma_data (\d+(?:\.\d+)?)", 0.5))
+    second = float(setting(case, "intermediate_timesteps", r"intermediate_timesteps (\d+(?:\.\d+)?)", 1.3))
     seed = int(setting(case, "seed", r"seed (\d+)", 3031))
     caption, mask = case.tensor("in.cond"), case.tensor("in.mask")
 
