@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sana.config_checks import ConfigError
 from sana.config_yaml import parse_yaml, split_overrides
@@ -47,10 +49,22 @@ def test_merge_keys_and_anchors() -> None:
     assert parse_yaml(text, "text")["b"] == {"x": 1, "y": 3}
 
 
-@pytest.mark.parametrize("text", ["a: 1\na: 2", "{a: {b: 1, b: 2}}", "[", "!!python/object/apply:os.getcwd []", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    ["a: 1\na: 2", "{a: {b: 1, b: 2}}", "[", "!!python/object/apply:os.getcwd []", "\x00", "{[1]: 2}", "[" * 9999],
+)
 def test_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="^text: not valid YAML"):
         parse_yaml(text, "text")
+
+
+@given(st.text(alphabet="ab01-.:,#&*!|>'\"{}[]<\n ~eE", max_size=40))
+@settings(deadline=None)
+def test_any_text_is_read_or_refused_in_one_sentence(text: str) -> None:
+    try:
+        parse_yaml(text, "text")
+    except ConfigError as error:
+        assert "\n" not in str(error)
 
 
 def test_split_overrides() -> None:
