@@ -167,9 +167,8 @@ def check_architecture(
     elif not shared:
         what = f"none of its keys (such as {strange[0] if strange else 'none'}) is a key of the model"
     else:
-        key, place = (
-            (missing[0], "the model and not in the file") if missing else (strange[0], "the file and not in the model")
-        )
+        key = missing[0] if missing else strange[0]
+        place = "the model and not in the file" if missing else "the file and not in the model"
         shape = tuple((own if missing else state)[key].shape)
         what = f"{key} of shape {shape} is in {place}; check {_presence_field(key)}"
     more = f" ({count - 1} more differences)" if count > 1 else ""

@@ -144,6 +144,14 @@ def variant_of(name: str) -> str | None:
     return match["variant"] if match else None
 
 
+def only_variant(folder: Path) -> str | None:
+    """The variant to load from a local folder without default weights; None when it has default weights, or none."""
+    names = (file.name for file in folder.iterdir())
+    variants = {variant_of(name) for name in names if name.endswith(WEIGHT_SUFFIXES) or _VARIANT_INDEX.match(name)}
+    named = sorted(variant for variant in variants if variant is not None)
+    return named[0] if named and None not in variants else None
+
+
 def _split(file: str) -> tuple[str, str]:
     folder, _, name = file.rpartition("/")
     return folder, name

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from sana.config import SanaConfig, config_from_dict, config_to_dict
-from sana.models import build_transformer
+from sana.models import build_transformer, transformer_arguments
 from sana.models.autoencoder.dc_ae import DCAE
 from sana.models.autoencoder.dc_ae_keys import config_from_diffusers, from_diffusers_state_dict
 from sana.models.autoencoder.loading import save_autoencoder
+from sana.models.transformer.sana_cm import SanaMSCM
 from sana.models.weights import CheckpointMetadata, load_weights, save_checkpoint
 from tests.parity.common import Case, parity_folder
 
@@ -36,17 +37,16 @@ def tiny_state(sprint: bool = False, part: str = "dit") -> dict[str, torch.Tenso
 
 
 def tiny_transformer(sprint: bool = False) -> torch.nn.Module:
-    """The recorded transformer."""
-    model = build_transformer(tiny_config(sprint))
+    """The recorded transformer; no preset has the size of the Sprint one."""
+    config = tiny_config(sprint)
+    model = SanaMSCM(**transformer_arguments(config) | config.model.extra) if sprint else build_transformer(config)
     load_weights(model, tiny_state(sprint))
     return model.eval()
 
 
 def tiny_metadata(sprint: bool = False) -> CheckpointMetadata:
     """What the tiny checkpoint says about itself."""
-    config = tiny_config(sprint)
-    with torch.device("meta"):
-        model = build_transformer(config)
+    config, model = tiny_config(sprint), tiny_transformer(sprint)
     return CheckpointMetadata(
         arch={"class": type(model).__name__, "kwargs": model.init_kwargs},
         precision="fp32",

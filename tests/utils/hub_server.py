@@ -211,7 +211,7 @@ def ask(hub: Hub, home: Path, *tasks: dict[str, Any], **environment: str) -> lis
         env=kept | settings | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.strip().splitlines()[-1])

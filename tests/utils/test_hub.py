@@ -106,6 +106,22 @@ def test_variants_are_chosen_folder_by_folder() -> None:
     assert hub.select_variant(FILES, "bf16") == bf16  # the vae has no bf16 and keeps its default
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.bf16.safetensors", "config.json"], "bf16"),
+        (["model.bf16-00001-of-00002.safetensors", "model.safetensors.index.bf16.json"], "bf16"),
+        (["model.bf16.safetensors", "model.safetensors"], None),
+        (["model-00001-of-00002.safetensors"], None),
+        (["config.json"], None),
+    ],
+)
+def test_the_only_variant_of_a_folder(tmp_path: Path, names: list[str], expected: str | None) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert hub.only_variant(tmp_path) == expected
+
+
 # Downloads by the real client
 
 

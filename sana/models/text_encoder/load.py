@@ -199,7 +199,11 @@ def _load_model(encoder_class: type[TextEncoder], folder: Path, dtype: torch.dty
     transformers_logging.disable_progress_bar()  # one line per tensor block; a model of this size loads in seconds
     try:
         return encoder_class.load_model(
-            folder, dtype=dtype, attn_implementation=encoder_class.attention, local_files_only=True
+            folder,
+            dtype=dtype,
+            attn_implementation=encoder_class.attention,
+            local_files_only=True,
+            variant=hub.only_variant(folder),
         )
     except Exception as error:  # transformers raises many kinds for a damaged folder; none of them names the folder
         raise TextEncoderError(f"The text encoder in {folder} cannot be loaded: {_first_line(error)}") from error
