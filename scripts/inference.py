@@ -11,7 +11,6 @@ import argparse
 import re
 import sys
 import time
-from typing import Any
 
 OVERRIDE = re.compile(r"--[A-Za-z_]\w*(\.\w+)+=.*", re.DOTALL)
 
@@ -72,27 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_device(given: dict[str, Any], logger: Any) -> str | None:
-    """Returns the device that --gpu_id, --device and a launcher ask for; None for the default."""
-    import torch
-
-    from sana.utils import distributed
-
-    gpu = given.pop("gpu_id", None)
-    device = given.pop("device", None)
-    if device is not None and gpu is not None:
-        raise ValueError("--device and --gpu_id were both given; give one of them.")
-    if device is not None or not torch.cuda.is_available():
-        if gpu is not None:
-            logger.warning("--gpu_id=%s has no effect: there is no CUDA device", gpu)
-        return device
-    count = torch.cuda.device_count()
-    index = distributed.local_rank() % count if distributed.world_size() > 1 else gpu or 0
-    if not 0 <= index < count:
-        raise ValueError(f"--gpu_id={index} is not there: this machine has {count} CUDA devices, from 0.")
-    return f"cuda:{index}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     parser = build_parser()
@@ -111,8 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         logger = setup_logging()
         if given.pop("version", None) is not None:
             logger.info("--version has no effect")
-        device = choose_device(given, logger)
-        for report in batch.run(options.InferenceOptions(**given, device=device, overrides=rest)):
+        for report in batch.run(options.InferenceOptions(**given, overrides=rest)):
             logger.info("%d made, %d already there, in %s", len(report.made), len(report.skipped), report.folder)
             if report.index:
                 print(report.index)

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from sana.models.text_encoder import require_text_encoder
 from sana.pipelines import inputs, loading
 from sana.pipelines.images import contact_sheet, read_recipe, save_png
 from sana.pipelines.options import BUNDLED_PROMPTS, InferenceOptions, bundled
@@ -81,21 +84,39 @@ def read_items(options: InferenceOptions) -> list[tuple[int, PromptItem, str]]:
     return part
 
 
+def choose_device(options: InferenceOptions) -> str | None:
+    """Returns the device that the options and a launcher ask for; None for the pipeline's own choice.
+
+    Raises:
+        ValueError: there is no GPU of that number.
+    """
+    if options.device is not None or not torch.cuda.is_available():
+        if options.gpu_id is not None:
+            logger.warning("gpu_id %d has no effect: there is no CUDA device", options.gpu_id)
+        return options.device
+    count = torch.cuda.device_count()
+    index = distributed.local_rank() % count if distributed.world_size() > 1 else options.gpu_id or 0
+    if not 0 <= index < count:
+        raise ValueError(f"gpu_id {index} is not there: this machine has {count} CUDA devices, counted from 0.")
+    return f"cuda:{index}"
+
+
 def open_pipeline(options: InferenceOptions) -> SanaPipeline:
     """Returns the pipeline with weights that the options name.
 
     Raises:
         ConfigError, FetchError, CheckpointError: config or weights are missing or broken.
     """
-    weights = options.weights
+    weights, device = options.weights, choose_device(options)
     if options.config:
         config = loading.as_config(options.config, options.overrides)
         weights = weights or config.model.load_from
         if not weights:
             raise ValueError(f"{options.config} names no weights (model.load_from); give --model_path.")
-        pipeline = SanaPipeline(config, device=options.device, dtype=options.dtype)
+        pipeline = SanaPipeline(config, device=device, dtype=options.dtype)
+        require_text_encoder(config.text_encoder.text_encoder_name)  # said before anything large is fetched
         return pipeline.from_pretrained(weights)
-    return SanaPipeline.from_pretrained(weights, device=options.device, dtype=options.dtype)
+    return SanaPipeline.from_pretrained(weights, device=device, dtype=options.dtype)
 
 
 def plan_tasks(

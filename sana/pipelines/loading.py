@@ -26,6 +26,7 @@ from sana.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+LARGE = 100_000_000  # parameters
 AnyTextEncoder = TextEncoder | PrecomputedTextEncoder
 
 
@@ -99,17 +100,19 @@ def _beside(folder: Path, name: str) -> str:
 def load_transformer(source: ModelSource, config: SanaConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Builds the transformer of a config and loads weights into it.
 
-    Nothing is initialised that the file overwrites: the network is built without storage where the file has all its
-    parameters. Tables that the file lacks, `pos_embed` and the null caption of training, are not read by a sampler.
+    A large network whose parameters are all in the file is built without storage: nothing is initialised in vain.
+    Tables that the file lacks, `pos_embed` and the null caption of training, are not read by a sampler.
 
     Raises:
         CheckpointError: the weights do not fit the config.
     """
     clip_fp16, _ = fp16_lineage(source.ref, source.metadata, config.model.mixed_precision)
     stored = load_state_dict(source.path, variant=source.variant)
-    with torch.device("meta"):
+    # Torch's machinery for networks without storage takes a second to import: more than a small network needs.
+    large = sum(tensor.numel() for tensor in stored.values()) > LARGE
+    with torch.device("meta" if large else "cpu"):
         model = build_transformer(config, clip_fp16=clip_fp16)
-    if any(name not in stored for name, _ in model.named_parameters()):
+    if large and any(name not in stored for name, _ in model.named_parameters()):
         model = build_transformer(config, clip_fp16=clip_fp16)
     for name, table in list(model.named_buffers()):
         if table.is_meta and (name not in stored or stored[name].shape != table.shape):

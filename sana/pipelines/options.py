@@ -42,6 +42,7 @@ class InferenceOptions:
         debug: only the first two prompts.
         if_save_dirname: write the folder's name to `<work_dir>/dirname.txt`.
         dtype, device: of the pipeline; None for its defaults.
+        gpu_id: number of the GPU instead of `device`; under a launcher each process takes its own.
         overrides: `--section.key=value` arguments for the config.
     """
 
@@ -71,6 +72,7 @@ class InferenceOptions:
     if_save_dirname: bool = False
     dtype: str | None = None
     device: str | None = None
+    gpu_id: int | None = None
     overrides: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -84,6 +86,8 @@ class InferenceOptions:
             raise ValueError("ablation_key and ablation_selections belong together; one of them is missing.")
         if self.ablation_key is not None and self.ablation_key not in ABLATION_KEYS:
             raise ValueError(f"ablation_key must be one of {', '.join(ABLATION_KEYS)}, not {self.ablation_key!r}.")
+        if self.device is not None and self.gpu_id is not None:
+            raise ValueError("device and gpu_id were both given; give one of them.")
         if self.txt_file and self.json_file:
             raise ValueError("txt_file and json_file were both given; give one of them.")
         if self.overrides and not self.config:

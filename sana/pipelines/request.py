@@ -12,6 +12,7 @@ from sana.pipelines import inputs
 
 OUTPUT_TYPES = ("pt", "pil", "np", "latent")
 MAX_SCALE = 1000.0
+SECOND_ANGLE = 1.3  # of two Sprint steps, as the released models take them
 
 
 class Encode(Protocol):
@@ -44,8 +45,8 @@ class Request:
         use_resolution_binning: generate the nearest shape the model was trained for, then resize and crop.
         sampler: a name of `sana.diffusion.SAMPLERS`; None for the config's.
         flow_shift: None for the config's.
-        max_timesteps, intermediate_timesteps, timesteps: of Sprint models only: the first angle, the second of two
-            steps, or all of them and 0 (`num_inference_steps` is then their number).
+        max_timesteps, intermediate_timesteps, timesteps: of Sprint models only: the first angle; the second of exactly
+            two steps (None for even steps); or all of them and 0 (`num_inference_steps` is then their number).
         output_type: "pt", "pil", "np" or "latent".
         callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": latents})` after every step; a
             returned dict with "latents" replaces them.
@@ -73,7 +74,7 @@ class Request:
     sampler: str | None = None
     flow_shift: float | None = None
     max_timesteps: float | None = None
-    intermediate_timesteps: float | None = None
+    intermediate_timesteps: float | None = SECOND_ANGLE
     timesteps: Sequence[float] | None = None
     output_type: str = "pt"
     callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None
@@ -149,17 +150,15 @@ class Request:
         Raises:
             ValueError: one of the Sprint times is given.
         """
-        if self.sprint_times():
-            raise ValueError(f"{', '.join(self.sprint_times())} cannot take effect: this is no Sprint model.")
+        if self.max_timesteps is not None or self.timesteps is not None or self.intermediate_timesteps != SECOND_ANGLE:
+            raise ValueError(
+                "max_timesteps, intermediate_timesteps and timesteps act in Sprint models, and this is none."
+            )
 
     def sprint_times(self) -> dict[str, Any]:
-        """Returns those of the Sprint times that are given."""
-        times = {
-            "max_timesteps": self.max_timesteps,
-            "intermediate_timesteps": self.intermediate_timesteps,
-            "timesteps": self.timesteps,
-        }
-        return {name: value for name, value in times.items() if value is not None}
+        """Returns the options of a Sprint sampler's times."""
+        first = {} if self.max_timesteps is None else {"max_timesteps": self.max_timesteps}
+        return {**first, "intermediate_timesteps": self.intermediate_timesteps}
 
     def angles(self) -> Tensor | None:
         """Returns the Sprint angles that the caller listed, 0 at the end, or None.
@@ -171,10 +170,10 @@ class Request:
             return None
         angles = torch.tensor([float(one) for one in self.timesteps], dtype=torch.float32)
         falls = len(angles) > 1 and bool((angles[:-1] > angles[1:]).all()) and angles[-1] == 0 and angles[0] < 1.571
-        if not falls or self.max_timesteps is not None or self.intermediate_timesteps is not None:
+        if not falls or self.max_timesteps is not None:
             raise ValueError(
-                "timesteps must fall from at most pi/2 to 0, and come without max_timesteps and "
-                f"intermediate_timesteps; they are {list(self.timesteps)}."
+                "timesteps must fall from at most pi/2 to 0, and come without max_timesteps; "
+                f"they are {list(self.timesteps)}."
             )
         return angles
 

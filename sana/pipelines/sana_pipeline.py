@@ -264,7 +264,7 @@ class SanaPipeline:
             pag_layers=self.config.model.pag_applied_layers,
             dtype=self.dtype,
         )
-        with self._steps(request, len(times) - 1) as callback:
+        with self._steps(request, len(times) - 1, TIMESTEPS) as callback:
             return sampler.sample(guide(denoiser, guidance), noise, times, generator=generators, callback=callback)
 
     def _sprint(
@@ -319,15 +319,23 @@ class SanaPipeline:
         return Guidance(kind, float(request.guidance_scale), request.pag, (float(low), float(high)))
 
     @contextmanager
-    def _steps(self, request: Request, total: int) -> Iterator[Callable[[int, float, Tensor], Tensor | None]]:
-        """Gives what a sampler calls after every step: the progress bar and the caller's own callback."""
+    def _steps(
+        self, request: Request, total: int, unit: float = 1.0
+    ) -> Iterator[Callable[[int, float, Tensor], Tensor | None]]:
+        """Gives what a sampler calls after every step: the progress bar and the caller's own callback.
+
+        Args:
+            request: holds the callback.
+            total: number of steps.
+            unit: what a sampler's time is multiplied by for the callback.
+        """
         with tqdm(total=total, desc="Sampling", disable=None if request.progress_bar else True) as bar:
 
             def after_step(index: int, time: float, latents: Tensor) -> Tensor | None:
                 bar.update()
                 if request.callback_on_step_end is None:
                     return None
-                changed = request.callback_on_step_end(self, index, float(time) * TIMESTEPS, {"latents": latents})
+                changed = request.callback_on_step_end(self, index, float(time) * unit, {"latents": latents})
                 return changed.get("latents") if changed else None
 
             yield after_step

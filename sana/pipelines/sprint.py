@@ -8,9 +8,9 @@ from sana.pipelines.sana_pipeline import SanaPipeline
 
 
 class SanaSprintPipeline(SanaPipeline):
-    """`SanaPipeline` with the defaults of the distilled models: SCM sampling, two steps, the second at angle 1.3.
+    """`SanaPipeline` that samples with SCM whatever the config's `vis_sampler` says.
 
-    A `SanaPipeline` whose config says `vis_sampler: scm` samples the same way; this class insists on it.
+    A `SanaPipeline` whose config says `vis_sampler: scm` does the same.
     """
 
     def __call__(
@@ -24,7 +24,4 @@ class SanaSprintPipeline(SanaPipeline):
         if options.get("sampler") is None:
             configured = self.config.scheduler.vis_sampler
             options["sampler"] = configured if SAMPLERS[configured].prediction == "trigflow" else "scm"
-        if options.get("num_inference_steps") in (None, 2) and options.get("timesteps") is None:
-            options["num_inference_steps"] = 2
-            options.setdefault("intermediate_timesteps", 1.3)
         return super().__call__(prompt, height, width, **options)

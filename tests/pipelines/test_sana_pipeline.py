@@ -12,6 +12,7 @@ from torchvision.utils import save_image
 from sana.config import config_to_dict
 from sana.models.autoencoder.base import Autoencoder
 from sana.models.weights import CheckpointError, load_state_dict
+from sana.pipelines import loading
 from sana.pipelines.denoise import NonFiniteError
 from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.registry import UnknownNameError
@@ -178,6 +179,13 @@ def test_a_moved_model_folder_still_finds_its_parts(model_folder, pipeline, tmp_
     assert torch.equal(moved("a cat", seed=1, **SHORT), pipeline("a cat", seed=1, **SHORT))
 
 
+def test_a_large_network_is_built_without_initialising_it(model_folder, pipeline, monkeypatch):
+    monkeypatch.setattr(loading, "LARGE", 0)
+    monkeypatch.setattr(torch.nn.init, "xavier_uniform_", lambda weight: weight.is_meta or pytest.fail("initialised"))
+    large = SanaPipeline.from_pretrained(model_folder, device="cpu")
+    assert torch.equal(large("a cat", seed=1, **SHORT), pipeline("a cat", seed=1, **SHORT))
+
+
 def test_official_weights_alone_ask_for_a_config(model_folder, tmp_path):
     torch.save({"state_dict": load_state_dict(model_folder)}, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="does not say which model it is"):
@@ -228,7 +236,7 @@ BAD_CALLS = [
     ({"prompt": ["x", "y"], "negative_prompt": ["a"] * 3}, "3 negative prompts were given for 2"),
     ({"prompt": "x", "latents": torch.zeros(1, 4, 3, 3)}, "latents must have the shape"),
     ({"prompt": "x", "latents": torch.full((1, 4, 2, 2), math.nan)}, "not finite"),
-    ({"prompt": "x", "max_timesteps": 1.5}, "no Sprint model"),
+    ({"prompt": "x", "max_timesteps": 1.5}, "act in Sprint models"),
     ({"prompt": "x", "sampler": "scm"}, "needs a model that predicts trigflow"),
     ({"prompt": "x", "sampler": "dpm-solver"}, "needs a model that predicts noise"),
     ({"prompt_embeds": torch.zeros(1, 20, 32)}, "belong together"),

@@ -17,7 +17,11 @@ from sana.pipelines.images import read_recipe
 from scripts.inference import build_parser, main, numbers
 
 ROOT = Path(__file__).parents[2]
-OFFICIAL_FLAGS = ["config", "model_path", "txt_file", "json_file", "work_dir", "version", "sample_nums", "bs", "cfg_scale", "pag_scale", "sampling_algo", "seed", "dataset", "step", "add_label", "tar_and_del", "exist_time_prefix", "gpu_id", "custom_image_size", "start_index", "end_index", "interval_guidance", "ablation_selections", "ablation_key", "debug", "if_save_dirname"]
+OFFICIAL_FLAGS = (
+    "config model_path txt_file json_file work_dir version sample_nums bs cfg_scale pag_scale sampling_algo seed "
+    "dataset step add_label tar_and_del exist_time_prefix gpu_id custom_image_size start_index end_index "
+    "interval_guidance ablation_selections ablation_key debug if_save_dirname"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +52,7 @@ def run_failing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tup
 
 def test_official_flags_have_their_names():
     known = {option for action in build_parser()._actions for option in action.option_strings}
-    assert {f"--{name}" for name in OFFICIAL_FLAGS} <= known
+    assert {f"--{name}" for name in OFFICIAL_FLAGS.split()} <= known
 
 
 def test_help_is_fast_because_nothing_heavy_is_imported():
@@ -182,12 +186,11 @@ def test_what_cannot_be_fetched_is_named(arguments, capsys):
     assert code == 1 and "nobody/nothing" in line
 
 
-def test_a_flag_without_effect_is_logged(arguments, capsys, monkeypatch):
-    monkeypatch.setattr(batch, "run", lambda options: [])
+def test_a_flag_without_effect_is_logged(arguments, capsys):
     assert main([*arguments[:-1], "--gpu_id=0", "--version=sigma"]) == 0
     shown = capsys.readouterr().err
     assert "--version has no effect" in shown
-    assert torch.cuda.is_available() or "--gpu_id=0 has no effect" in shown
+    assert torch.cuda.is_available() or "gpu_id 0 has no effect" in shown
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, arguments):

@@ -127,7 +127,7 @@ def run_e2e_sprint(case: Case) -> None:
     pipeline = build_pipeline(case, SanaSprintPipeline)
     arguments = {name: case.call[name] for name in PIPELINE_ARGUMENTS if name in case.call}
     arguments.setdefault("use_resolution_binning", False)
-    times = {name: case.constructor[name] for name in SPRINT_TIMES if case.constructor.get(name) is not None}
+    times = {name: case.constructor[name] for name in SPRINT_TIMES if name in case.constructor}
     run_pipeline(case, pipeline, {**arguments, **times, "generator": recorded_generator(case)})
 
 
