@@ -15,6 +15,7 @@ from sana.models import build_transformer
 from sana.models.diffusers_config import MODEL_TYPES, SCHEDULERS, model_type_arch, official_config
 from sana.models.metadata import official_precision
 from sana.models.pipeline_folder import ExportOptions, export_pipeline
+from sana.models.text_encoder.chi import CHI_PROMPT
 from sana.models.weights import CheckpointError, CheckpointMetadata, load_state_dict, read_metadata
 from sana.utils import hub
 from sana.utils.logging import setup_logging
@@ -132,7 +133,15 @@ def describe(args: argparse.Namespace, reference: str, own: CheckpointMetadata |
     official = official_precision(reference)
     sampler = "scm" if arch["class"] == "SanaMSCM" else "flow_dpm-solver"
     config = official_config(arch, sampler, 3.0)
-    return CheckpointMetadata(arch, precision=official[0] if official else "", flow_shift=3.0, config=config)
+    config["text_encoder"]["chi_prompt"] = list(CHI_PROMPT)
+    return CheckpointMetadata(
+        arch=arch,
+        precision=official[0] if official else "",
+        flow_shift=3.0,
+        chi_prompt=list(CHI_PROMPT),
+        license=f"that of {reference}",
+        config=config,
+    )
 
 
 def describe_config(config: SanaConfig) -> CheckpointMetadata:

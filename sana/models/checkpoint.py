@@ -101,6 +101,9 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
         found = _find(folder, None)
         if found is not None:
             logger.warning("%s has no variant %s; taking %s", folder, variant, found.name)
+    released = sorted((folder / "checkpoints").glob("*.pth"))  # the layout of the released repositories
+    if found is None and len(released) == 1:
+        return released[0]
     if found is None:
         present = sorted(file.name for file in folder.iterdir())[:8]
         raise CheckpointError(

@@ -29,7 +29,7 @@ from sana.models.diffusers_folder import (
     write_weights,
 )
 from sana.models.diffusers_keys import EXTRA_KEYS
-from sana.models.metadata import CheckpointMetadata, cast_state, save_checkpoint
+from sana.models.metadata import CheckpointMetadata, cast_state, official_precision, save_checkpoint
 from sana.models.text_encoder.load import find_text_encoder
 from sana.models.weights import read_metadata
 from sana.utils import hub
@@ -100,11 +100,10 @@ def export_pipeline(
         "_class_name": "SanaSprintPipeline" if metadata.arch["kwargs"].get("cfg_embed") else "SanaPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
     }
-    if options.full:
-        config = {key: dict(value) if isinstance(value, dict) else value for key, value in metadata.config.items()}
-        config.setdefault("vae", {})["vae_pretrained"] = "vae"
-        config.setdefault("text_encoder", {})["text_encoder_name"] = "text_encoder"
-        metadata = replace(metadata, config=config)
+    vae, text_encoder = "vae", "text_encoder"
+    if not options.full:
+        vae, text_encoder = _relative(options.vae, folder), _relative(options.text_encoder, folder)
+    metadata = _with_parts(metadata, vae, text_encoder)
     write_transformer(folder / "transformer", state, metadata, dtype=options.dtype, variant=options.variant)
     if not options.full:
         return
@@ -150,6 +149,7 @@ def import_pipeline(
     metadata = read_metadata(source, variant=variant)
     if metadata is None:
         raise CheckpointError(f"{ref} is no diffusers folder of Sana: it has no transformer/config.json.")
+    metadata = _settle(metadata, str(ref), source, target.parent if single else target, full)
     state, fresh = complete_state(load_state_dict(source, variant=variant), metadata.arch)
     state = cast_state(state, dtype)
     if full:
@@ -218,6 +218,37 @@ def write_text_encoder(folder: Path, ref: str, dtype: str | None, variant: str |
         named = str(read_json(tokenizer_folder / "tokenizer_config.json").get("tokenizer_class", ""))
         tokenizer_class = "GemmaTokenizerFast" if named.startswith("GemmaTokenizer") else tokenizer_class
     return text_class, tokenizer_class
+
+
+def _settle(metadata: CheckpointMetadata, ref: str, source: Path, folder: Path, full: bool) -> CheckpointMetadata:
+    """Writes down what a converted checkpoint would lose with its place: training precision, licence, its parts."""
+    official = official_precision(ref)
+    precision = metadata.precision or (official[0] if official else "")
+    metadata = replace(metadata, precision=precision, license=metadata.license or f"that of {ref}")
+    if full:
+        return _with_parts(metadata, "vae", "text_encoder")
+    vae = metadata.config.get("vae", {}).get("vae_pretrained")
+    text = metadata.config.get("text_encoder", {}).get("text_encoder_name")
+    if Path(ref).expanduser().is_dir():
+        beside = [str(source / part) if part and (source / part).exists() else part for part in (vae, text)]
+        return _with_parts(metadata, *(part and _relative(part, folder) for part in beside))
+    hub_vae = f"{hub.parse_hub_reference(ref)}/vae" if vae == "vae" else vae
+    return _with_parts(metadata, hub_vae, ExportOptions.text_encoder if text == "text_encoder" else text)
+
+
+def _with_parts(metadata: CheckpointMetadata, vae: str | None, text_encoder: str | None) -> CheckpointMetadata:
+    """The metadata with a config that names these parts."""
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in metadata.config.items()}
+    if vae:
+        config.setdefault("vae", {})["vae_pretrained"] = vae
+    if text_encoder:
+        config.setdefault("text_encoder", {})["text_encoder_name"] = text_encoder
+    return replace(metadata, config=config)
+
+
+def _relative(name: str, folder: Path) -> str:
+    """A local path as seen from a folder; any other name unchanged."""
+    return os.path.relpath(name, folder) if Path(name).exists() else name
 
 
 def _import_parts(source: Path, target: Path, variant: str | None, dtype: str | None) -> None:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from sana.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -47,7 +49,7 @@ class _Remote:
         return self.last_modified
 
 
-def download(url: str, folder: Path | None = None, *, pause: float = 1.0) -> Path:
+def download(url: str, folder: Path, *, offline: bool = False, pause: float = 1.0) -> Path:
     """Returns the local copy of a URL, fetching it when there is none.
 
     A broken download leaves `<name>.part`; the next call continues it if the server still has the same file.
@@ -55,24 +57,21 @@ def download(url: str, folder: Path | None = None, *, pause: float = 1.0) -> Pat
 
     Args:
         url: http or https address.
-        folder: where to keep it; HF_HOME/sana/downloads when None.
+        folder: where to keep it.
+        offline: use a local copy or nothing.
         pause: seconds between attempts.
 
     Raises:
         FetchError: no connection, an error status, a wrong size or hash, or offline mode without a local copy.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import WeakFileLock
-
     address, _, fragment = url.partition("#")
     expected = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
-    folder = folder or Path(constants.HF_HOME) / "sana" / "downloads"
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name or "download"
     target = folder / hashlib.sha256(address.encode()).hexdigest()[:16] / name
-    if not target.exists() and constants.HF_HUB_OFFLINE:
+    if not target.exists() and offline:
         raise FetchError(f"Could not fetch {address}: HF_HUB_OFFLINE is set and there is no local copy {target}.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(target.parent / f"{name}.lock"):
+    with FileLock(target.parent / f"{name}.lock"):
         if target.exists():
             logger.info("using the local copy %s of %s", target, address)
         else:

@@ -103,7 +103,7 @@ def resolve(
         want_file = hub.is_file if kind == "any" else kind == "file"
         return _fetch_file(hub) if want_file else _fetch_folder(hub, variant, allow_patterns)
     if is_url and kind != "folder":
-        return download(text)
+        return _download(text)
     raise FetchError(_explain_unresolved(text, kind, is_url))
 
 
@@ -186,6 +186,13 @@ def _explain_unresolved(text: str, kind: str, is_url: bool) -> str:
     )
 
 
+def _download(url: str) -> Path:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HOME) / "sana" / "downloads"
+    return download(url, folder, offline=bool(constants.HF_HUB_OFFLINE))
+
+
 def _fetch_file(hub: HubReference) -> Path:
     from huggingface_hub import hf_hub_download
 
@@ -205,6 +212,8 @@ def _fetch_folder(hub: HubReference, variant: str | None, allow_patterns: Sequen
     try:
         if allow_patterns is None:
             allow_patterns = _patterns_for(hub, variant)
+        elif hub.path:  # "*" matches slashes too: stay inside the folder
+            allow_patterns = [f"{hub.path}/{pattern}" for pattern in allow_patterns]
         root = Path(snapshot_download(hub.repo_id, revision=hub.revision, allow_patterns=list(allow_patterns)))
     except Exception as error:
         raise _explain(hub, error) from error

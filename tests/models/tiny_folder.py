@@ -14,7 +14,16 @@ from sana.models.transformer.sana_cm import SanaMSCM
 from sana.models.weights import CheckpointMetadata, load_weights, save_checkpoint
 from tests.parity.common import Case, parity_folder
 
+# Two tensors with official names, for tests that need no model.
+STATE = {"x_embedder.proj.weight": torch.arange(6.0).reshape(2, 3), "blocks.0.attn.qkv.weight": torch.ones(2)}
 PACK = Case({"name": "tiny", "kind": "e2e", "tolerance": {}}, parity_folder())
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Asserts equal keys, dtypes and values."""
+    assert set(actual) == set(expected)
+    for key in expected:
+        assert torch.equal(actual[key], expected[key]) and actual[key].dtype == expected[key].dtype, key
 
 
 def tiny_config(sprint: bool = False) -> SanaConfig:
@@ -39,7 +48,8 @@ def tiny_state(sprint: bool = False, part: str = "dit") -> dict[str, torch.Tenso
 def tiny_transformer(sprint: bool = False) -> torch.nn.Module:
     """The recorded transformer; no preset has the size of the Sprint one."""
     config = tiny_config(sprint)
-    model = SanaMSCM(**transformer_arguments(config) | config.model.extra) if sprint else build_transformer(config)
+    arguments = {"patch_size": 1, **transformer_arguments(config), **config.model.extra}
+    model = SanaMSCM(**arguments) if sprint else build_transformer(config)
     load_weights(model, tiny_state(sprint))
     return model.eval()
 

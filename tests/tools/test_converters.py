@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from sana.diffusion import SAMPLERS
-from sana.models.weights import load_state_dict, read_metadata
+from sana.models.transformer.sana import SanaMS
+from sana.models.weights import load_state_dict, load_weights, read_metadata
 from sana.pipelines.sana_pipeline import SanaPipeline
 from tests.models.tiny_folder import tiny_state, tiny_transformer, write_tiny_folder
 from tools import convert_diffusers_to_sana, convert_sana_to_diffusers
@@ -168,6 +169,9 @@ def test_there_and_back_is_exact(folders: Path, tmp_path: Path) -> None:
         assert set(read) == set(state)  # the extra file's y_embedding among them
         assert all(torch.equal(read[key], state[key]) for key in state)
     assert read_metadata(tmp_path / "back") == read_metadata(folders / "ours")
+    single = read_metadata(tmp_path / "w.safetensors").config  # its parts stay where they are
+    assert (tmp_path / single["vae"]["vae_pretrained"]).samefile(folders / "theirs/vae")
+    assert (tmp_path / single["text_encoder"]["text_encoder_name"]).samefile(folders / "theirs/text_encoder")
     for part in ("vae", "text_encoder"):
         first, second = (
             load_file(folder / part / "model.safetensors") for folder in (folders / "ours", tmp_path / "back")
@@ -180,6 +184,7 @@ def test_there_and_back_is_exact(folders: Path, tmp_path: Path) -> None:
 def test_a_folder_written_by_diffusers_says_what_was_reinitialised(
     theirs: diffusers.SanaPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], latents: torch.Tensor
 ) -> None:
+    theirs.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(theirs.scheduler.config)
     theirs.save_pretrained(tmp_path / "foreign", variant="bf16")
     target = tmp_path / "new.safetensors"
     arguments = ["--diffusers_path", str(tmp_path / "foreign"), "--dump_path", str(target), "--variant", "bf16"]
@@ -199,17 +204,16 @@ def test_a_sprint_model_computes_the_same_in_diffusers(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "ours/vae")
     assert convert_sana_to_diffusers.main(["--orig_ckpt_path", str(ours), "--dump_path", str(tmp_path / "theirs")]) == 0
     network = diffusers.SanaTransformer2DModel.from_pretrained(tmp_path / "theirs/transformer").eval()
-    model = tiny_transformer(sprint=True)
+    # without SanaMSCM's TrigFlow wrapper, which diffusers has in its pipeline
+    model = SanaMS(**tiny_transformer(sprint=True).init_kwargs).eval()
+    load_weights(model, tiny_state(sprint=True))
     noise = torch.Generator().manual_seed(1)
     latents, text = torch.randn(2, 4, 3, 4, generator=noise), torch.randn(2, 20, 32, generator=noise)
     guidance = torch.tensor([4.5, 2.0])
     times = torch.tensor([0.25, 0.75])
     with torch.no_grad():
         expected = network(latents, text, times, guidance=guidance * 0.1, return_dict=False)[0]
-        # below its TrigFlow wrapper ours takes t in [0, 1000]
-        plain = super(type(model), model).forward(
-            latents, times * 1000, text[:, None], data_info={"cfg_scale": guidance}
-        )
+        plain = model(latents, times * 1000, text[:, None], data_info={"cfg_scale": guidance})
     assert (plain - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-6
 
 

@@ -27,7 +27,6 @@ def server() -> Iterator[Hub]:
             },
         },
         gated={"owner/gated"},
-        plain={"model.pth": WEIGHTS, "login.page": b"<html>sign in</html>"},
     )
     with running(content) as served:
         yield served
@@ -226,68 +225,3 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
     (result,) = ask(closed, tmp_path, {"ref": f"hf://owner/model@{COMMIT}/config.json"})
     assert f"{closed.url} could not be reached" in result["error"]
     assert "\n" not in result["error"]
-
-
-# Plain http
-
-
-def test_a_plain_download_is_resumed_within_one_call(server: Hub, tmp_path: Path) -> None:
-    server.cut["model.pth"] = [100_000, 0, 200_000]
-    (result,) = ask(server, tmp_path, {"ref": f"{server.url}/files/model.pth", "plain": True})
-    assert Path(result["path"]).read_bytes() == WEIGHTS
-    ranges = [headers.get("range") for headers in server.gets("model.pth")]
-    assert ranges == [None, "bytes=100000-", "bytes=100000-", "bytes=300000-"]
-
-
-def test_a_plain_download_is_resumed_by_the_next_process(server: Hub, tmp_path: Path) -> None:
-    url = f"{server.url}/files/model.pth"
-    server.cut["model.pth"] = [100_000, 0, 0, 0, 0, 0]
-    (broken,) = ask(server, tmp_path, {"ref": url, "plain": True})
-    assert "5 attempts without a new byte" in broken["error"]
-    assert [path.name for path in tmp_path.rglob("model.pth*") if path.suffix == ".pth"] == []
-    (result,) = ask(server, tmp_path, {"ref": url, "plain": True})
-    assert Path(result["path"]).read_bytes() == WEIGHTS
-    assert server.gets("model.pth")[-1]["range"] == "bytes=100000-"
-
-
-def test_a_changed_file_is_fetched_afresh(server: Hub, tmp_path: Path) -> None:
-    url = f"{server.url}/files/model.pth"
-    server.cut["model.pth"] = [100_000, 0, 0, 0, 0, 0]
-    ask(server, tmp_path, {"ref": url, "plain": True})
-    server.plain["model.pth"] = OTHER * 64
-    (result,) = ask(server, tmp_path, {"ref": url, "plain": True})
-    assert Path(result["path"]).read_bytes() == OTHER * 64
-
-
-def test_a_server_without_ranges_starts_again(server: Hub, tmp_path: Path) -> None:
-    server.no_range = True
-    server.cut["model.pth"] = [100_000]
-    (result,) = ask(server, tmp_path, {"ref": f"{server.url}/files/model.pth", "plain": True})
-    assert Path(result["path"]).read_bytes() == WEIGHTS
-
-
-def test_plain_failures_are_sentences(server: Hub, tmp_path: Path) -> None:
-    good, bad = hashlib.sha256(WEIGHTS).hexdigest(), "0" * 64
-    missing, page, wrong, right, folder = ask(
-        server,
-        tmp_path,
-        {"ref": f"{server.url}/files/nothing.pth"},
-        {"ref": f"{server.url}/files/login.page"},
-        {"ref": f"{server.url}/files/model.pth#sha256={bad}"},
-        {"ref": f"{server.url}/files/model.pth#sha256={good}"},
-        {"ref": f"{server.url}/files", "kind": "folder"},
-    )
-    assert missing["error"].endswith("there is no such file (status 404).")
-    assert "sent a web page" in page["error"]
-    assert f"not {bad} as asked" in wrong["error"]
-    assert Path(right["path"]).read_bytes() == WEIGHTS
-    assert "is a web address, and a folder is needed" in folder["error"]
-    cached, absent = ask(
-        server,
-        tmp_path,
-        {"ref": f"{server.url}/files/model.pth"},
-        {"ref": f"{server.url}/files/other.pth"},
-        HF_HUB_OFFLINE="1",
-    )
-    assert Path(cached["path"]).read_bytes() == WEIGHTS
-    assert "HF_HUB_OFFLINE is set" in absent["error"]
