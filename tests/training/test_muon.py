@@ -9,7 +9,7 @@ from sana.training.muon import Muon, orthogonalise, split_parameters
 def test_singular_values_become_nearly_one_and_directions_stay():
     torch.manual_seed(0)
     matrix = torch.randn(24, 60)
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     result = orthogonalise(matrix)
     values = torch.diagonal(u.T @ result @ v.T)
     assert (values > 0.6).all() and (values < 1.3).all()

@@ -1,4 +1,4 @@
-"""The trainer end to end on a tiny configuration: it runs, resumes, exports what loads, and refuses what it cannot do."""
+"""The trainer on a tiny configuration: it runs, resumes, exports what loads, and refuses what it cannot do."""
 
 import math
 
