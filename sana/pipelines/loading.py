@@ -61,6 +61,22 @@ def as_config(config: str | Path | Mapping[str, Any] | SanaConfig, overrides: Se
     return loaded
 
 
+def as_device(device: str | torch.device) -> torch.device:
+    """Returns a device that this machine has.
+
+    Raises:
+        ValueError: the name is unknown, or there is no such device here.
+    """
+    try:
+        known = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {device!r}; use cpu, cuda, cuda:1 or mps.") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if known.type != "meta" and (known.index or 0) >= count.get(known.type, 1):
+        raise ValueError(f"The device {known} is not there: this machine has {count.get(known.type, 0)} of that kind.")
+    return known
+
+
 def find_model(ref: str | Path, variant: str | None = None) -> ModelSource:
     """Finds weights, fetching them when they are remote.
 

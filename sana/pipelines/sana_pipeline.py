@@ -68,7 +68,7 @@ class SanaPipeline:
         dtype: str | torch.dtype | None = None,
     ) -> None:
         self.config = loading.as_config(config)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = loading.as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         default = torch.float32 if self.device.type == "cpu" else parse_dtype(self.config.model.mixed_precision)
         self.dtype = parse_dtype(dtype) if dtype is not None else default
         self.transformer: nn.Module | None = None
@@ -138,13 +138,22 @@ class SanaPipeline:
         self._text_encoder = text_encoder
         self._weights_hash = None
 
-    def to(self, *where: str | torch.device | torch.dtype | None) -> Self:
-        """Moves what is loaded, and what will be. A dtype changes the transformer and the text encoder only."""
-        for one in where:
+    def to(
+        self,
+        *where: str | torch.device | torch.dtype | None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Moves what is loaded, and what will be. A dtype changes the transformer and the text encoder only.
+
+        Raises:
+            ValueError: there is no such device here.
+        """
+        for one in (*where, device, dtype):
             if isinstance(one, torch.dtype):
                 self.dtype = one
             elif one is not None:
-                self.device = torch.device(one)
+                self.device = loading.as_device(one)
         if self.transformer is not None:
             self.transformer.to(self.device, self.dtype)
         if self._text_encoder is not None:

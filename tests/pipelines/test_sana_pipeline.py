@@ -11,7 +11,8 @@ from torchvision.utils import save_image
 
 from sana.config import config_to_dict
 from sana.models.autoencoder.base import Autoencoder
-from sana.models.weights import CheckpointError, load_state_dict
+from sana.models.pipeline_folder import ExportOptions, export_pipeline
+from sana.models.weights import CheckpointError, load_state_dict, read_metadata
 from sana.pipelines import loading
 from sana.pipelines.denoise import NonFiniteError
 from sana.pipelines.sana_pipeline import SanaPipeline
@@ -186,6 +187,26 @@ def test_a_large_network_is_built_without_initialising_it(model_folder, pipeline
     assert torch.equal(large("a cat", seed=1, **SHORT), pipeline("a cat", seed=1, **SHORT))
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_diffusers_folder_is_a_model_too(model_folder, pipeline, tmp_path, foreign):
+    """Ours says everything; one that others wrote lacks the training's null caption, CHI and the image size."""
+    export_pipeline(
+        tmp_path / "diffusers",
+        load_state_dict(model_folder),
+        read_metadata(model_folder),
+        ExportOptions(full=True, vae=str(model_folder / "vae"), text_encoder=str(model_folder / "text_encoder")),
+    )
+    if foreign:
+        (tmp_path / "diffusers/transformer/sana_extra.safetensors").unlink()
+    loaded = SanaPipeline.from_pretrained(tmp_path / "diffusers", device="cpu")
+    prompt = pipeline.encode_prompts(["a cat"])
+    options = {"prompt_embeds": prompt.embeds, "prompt_attention_mask": prompt.mask, "seed": 1, **SHORT}
+    if foreign:
+        options |= {"height": 64, "width": 64, "use_resolution_binning": False}
+        loaded.config.text_encoder.model_max_length = 20
+    assert torch.equal(loaded(**options), pipeline("a cat", seed=1, **SHORT))
+
+
 def test_official_weights_alone_ask_for_a_config(model_folder, tmp_path):
     torch.save({"state_dict": load_state_dict(model_folder)}, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="does not say which model it is"):
@@ -199,6 +220,14 @@ def test_to_moves_and_casts(model_folder):
     assert moved.text_encoder.dtype == torch.bfloat16
     assert moved.autoencoder.dtype == torch.float32
     assert torch.isfinite(moved("a cat", seed=1, **SHORT)).all()
+
+
+def test_to_takes_names_as_torch_does(model_folder):
+    moved = SanaPipeline.from_pretrained(model_folder, device="cpu").to(device="cpu", dtype=torch.bfloat16)
+    assert (moved.device.type, moved.dtype) == ("cpu", torch.bfloat16)
+    for name in ("no_such_device", "cuda:77"):
+        with pytest.raises(ValueError, match=name):
+            moved.to(name)
 
 
 def test_the_weights_hash_follows_the_weights(model_folder, pipeline):
