@@ -9,12 +9,12 @@ from sana.utils.logging import setup_logging
 
 def main(arguments: list[str]) -> int:
     """Exit code 2: wrong arguments or configuration; 1: the training failed."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__, file=sys.stderr)
-        return 0 if arguments else 2
-    setup_logging()
     path = next((a for a in arguments if not a.startswith("--")), None)
     path = path or next((a.split("=", 1)[1] for a in arguments if a.startswith("--config_path=")), None)
+    if path is None or "--help" in arguments or "-h" in arguments:
+        print(__doc__, file=sys.stderr)
+        return 2 if path is None and not {"--help", "-h"} & set(arguments) else 0
+    setup_logging()
     overrides = [a for a in arguments if a.startswith("--") and not a.startswith("--config_path=")]
     try:
         trainer = Trainer(load_config(path, overrides))

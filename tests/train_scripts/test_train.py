@@ -27,3 +27,9 @@ def test_help(script):
     result = run(script, "--help")
     assert result.returncode == 0
     assert "work_dir" in result.stdout + result.stderr
+
+
+def test_no_config_is_a_usage_error():
+    result = run("train_scripts/train.py", "--train.seed=3")
+    assert result.returncode == 2
+    assert "CONFIG.yaml" in result.stderr and "Traceback" not in result.stderr
