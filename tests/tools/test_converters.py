@@ -13,7 +13,7 @@ from sana.diffusion import SAMPLERS
 from sana.models.transformer.sana import SanaMS
 from sana.models.weights import load_state_dict, load_weights, read_metadata
 from sana.pipelines.sana_pipeline import SanaPipeline
-from tests.models.tiny_folder import tiny_state, tiny_transformer, write_tiny_folder
+from tests.models.tiny_folder import tiny_metadata, tiny_state, tiny_transformer, write_tiny_folder
 from tools import convert_diffusers_to_sana, convert_sana_to_diffusers
 
 diffusers = pytest.importorskip("diffusers")
@@ -229,6 +229,17 @@ def test_the_official_flags_are_accepted(tmp_path: Path, capsys: pytest.CaptureF
     error = capsys.readouterr().err
     assert "The weights are of another model: x_embedder.proj.weight is (32, 4, 1, 1) in the file" in error
     assert not (tmp_path / "out").exists()  # nothing half-written
+
+
+def test_an_official_file_with_its_config_converts_to_the_same(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(json.dumps(tiny_metadata().config))  # JSON is YAML
+    torch.save({"state_dict": tiny_state()}, tmp_path / "tiny.pth")
+    arguments = ["--orig_ckpt_path", str(tmp_path / "tiny.pth"), "--config", str(tmp_path / "tiny.yaml")]
+    assert convert_sana_to_diffusers.main([*arguments, "--dump_path", str(tmp_path / "out")]) == 0
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        expected = (folders / "theirs/transformer" / name).read_bytes()
+        assert (tmp_path / "out/transformer" / name).read_bytes() == expected
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["transformer"]
 
 
 @pytest.mark.parametrize(
