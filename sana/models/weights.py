@@ -86,6 +86,7 @@ def load_weights(
     ignorable: Sequence[str] = IGNORABLE,
     ema: bool = False,
     variant: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> tuple[str, ...]:
     """Loads weights strictly; everything that does not fit is an error that names key, shape and config field.
 
@@ -98,6 +99,7 @@ def load_weights(
         ignorable: keys that may be absent, strange or of another shape.
         ema: take the averaged weights of a training checkpoint.
         variant: weight variant of a folder.
+        state: what `load_state_dict` gave for this reference, so that a large file is not read twice.
 
     Returns:
         The keys that keep the model's own values.
@@ -107,14 +109,14 @@ def load_weights(
         FetchError: they could not be had.
     """
     if isinstance(ref_or_state, Mapping):
-        source, state = "The state dict", normalise_keys(ref_or_state, "The state dict")
+        source, found = "The state dict", normalise_keys(ref_or_state, "The state dict")
     else:
         source, path = str(ref_or_state), hub.resolve(ref_or_state, kind="any", variant=variant)
-        state = load_state_dict(path, ema=ema, variant=variant)
+        found = dict(state) if state is not None else load_state_dict(path, ema=ema, variant=variant)
         weights = find_weights(path, variant) if path.is_dir() else path
         if weights.name.startswith("diffusion_pytorch_model"):  # a layout without these tensors
             ignorable = (*ignorable, *EXTRA_KEYS)
-    return _load(model, state, tuple(ignorable), source)
+    return _load(model, found, tuple(ignorable), source)
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], ignorable: tuple[str, ...], source: str) -> tuple[str, ...]:

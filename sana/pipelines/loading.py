@@ -135,7 +135,7 @@ def load_transformer(source: ModelSource, config: SanaConfig, dtype: torch.dtype
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, torch.zeros(table.shape, dtype=table.dtype))
     model = model.to(dtype)
-    load_weights(model, source.path, variant=source.variant)
+    load_weights(model, source.path, variant=source.variant, state=stored)
     return model.to(device).eval().requires_grad_(False)
 
 
