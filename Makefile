@@ -47,6 +47,8 @@ train-tiny: ready
 	$(RUN) bash train_scripts/train.sh configs/sana_config/tiny/Sana_tiny_img256.yaml --np=$(WORKERS) \
 	    --vae.vae_pretrained=output/tiny/dcae/vae --text_encoder.text_encoder_name=output/tiny/text_encoder \
 	    --train.early_stop_hours=$(shell awk "BEGIN {print $(MINUTES) / 60}") --work_dir=output/tiny/sana
+	cp -r output/tiny/dcae/vae output/tiny/sana/model/
+	@echo "the model: output/tiny/sana/model; its score: $(PYTHON) tools/score_scenes.py --model output/tiny/sana/model"
 
 bench: ready
 	HF_HUB_OFFLINE=1 $(PYTHON) tools/benchmark.py
