@@ -19,6 +19,7 @@ from sana.config import ConfigError, SanaConfig, config_to_dict
 from sana.diffusion.flow import add_noise, velocity_target
 from sana.models import build_autoencoder, build_text_encoder, build_transformer
 from sana.models.metadata import CheckpointMetadata, save_checkpoint
+from sana.models.weights import load_weights
 from sana.training.captions import CaptionEncoder
 from sana.training.ema import ExponentialMovingAverage
 from sana.training.muon import Muon, split_parameters
@@ -88,6 +89,8 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.work_dir = Path(config.work_dir)
         self.transformer = build_transformer(config).train()
+        if config.model.load_from:
+            load_weights(self.transformer, config.model.load_from)
         text = build_text_encoder(config, dtype=torch.float32)
         text.model.requires_grad_(self.options.train_text_encoder)
         encoder = CaptionEncoder(

@@ -8,6 +8,7 @@ import torch
 from sana.config import ConfigError
 from sana.models.transformer.sana import SanaMS
 from sana.models.weights import load_weights, read_metadata
+from sana.training.ema import ExponentialMovingAverage
 from sana.training.train_state import load_train_state
 from sana.training.trainer import Trainer
 
@@ -29,6 +30,17 @@ def test_a_run_trains_exports_and_resumes(tiny_config, tmp_path):
     resumed = Trainer(tiny_config)
     assert resumed.progress.step == 4
     assert torch.equal(resumed.transformer.final_layer.linear.weight, live)
+
+
+def test_load_from_starts_from_given_weights(tiny_config, tmp_path):
+    first = Trainer(tiny_config)
+    torch.nn.init.constant_(first.transformer.final_layer.linear.bias, 0.25)
+    first.ema = ExponentialMovingAverage(first.module)
+    first.export(tmp_path / "model")
+    tiny_config.model.load_from = str(tmp_path / "model/model.safetensors")
+    second = Trainer(tiny_config)
+    assert (second.transformer.final_layer.linear.bias == 0.25).all()
+    assert second.progress.step == 0
 
 
 def test_repeated_steps_on_a_fixed_pool_lower_the_loss(tiny_config):
