@@ -16,7 +16,7 @@ from sana.data.sprites import BACKGROUNDS, COLOURS, NOUNS, SHAPES, sprite
 CELL = 32  # pixels of one lattice cell
 GRID = 8  # cells along each side of a 256-pixel scene
 KINDS = ("single", "two", "count", "colour", "position", "two_and_one")
-KIND_PROBABILITIES = (0.16, 0.20, 0.18, 0.10, 0.26, 0.10)
+KIND_PROBABILITIES = (0.20, 0.16, 0.24, 0.06, 0.24, 0.10)
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 PLACES = ("on the left", "on the right", "at the top", "at the bottom")
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}

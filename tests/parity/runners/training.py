@@ -1,0 +1,8 @@
+"""Runners of the recorded cases of the training kinds: training."""
+
+from collections.abc import Callable
+
+from tests.parity.common import Case
+
+RUNNERS: dict[str, Callable[[Case], None]] = {}
+FUNCTIONS: dict[str, Callable[[Case], None]] = {}
