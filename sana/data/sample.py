@@ -12,7 +12,7 @@ class DataError(RuntimeError):
     """The data cannot be used at all: the message names the folder or file and says what to do."""
 
 
-class BrokenSample(DataError):
+class BrokenSampleError(DataError):
     """One record cannot be read; training skips it within a budget.
 
     Args:
@@ -70,7 +70,7 @@ class Dataset(Protocol):
         """Reads one record. `rng` is the source of every choice (caption, flip); the same rng gives the same sample.
 
         Raises:
-            BrokenSample: the record cannot be read.
+            BrokenSampleError: the record cannot be read.
         """
         ...
 
