@@ -1,6 +1,6 @@
 """The order of the data: which samples form the next batch of a process, and where in that order a run stands.
 
-No sample is read here, and no process is started: that is `loader.py`.
+How an epoch is cut into batches is in `epoch_plan.py`. No sample is read here: that is `loader.py`.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sana.data.epoch_plan import EpochPlan, encode_buckets, index_type, permutation
 from sana.data.sample import DataError
 
 REMAINDERS = ("pad", "drop", "carry")
@@ -40,77 +41,6 @@ class Position:
         """Returns the position that many global batches further."""
         batch_size, world_size, handed_out = self.cuts[-1]
         return replace(self, cuts=(*self.cuts[:-1], (batch_size, world_size, handed_out + batches)))
-
-
-class _Plan:
-    """The global batches of what is left of an epoch; all numbers are places in the epoch's stream of samples.
-
-    Args:
-        places: places not handed out yet, ascending.
-        codes: bucket number of every place of the stream; -1 is in no batch.
-        batch_size: samples of a batch.
-        lanes: the places are divided into so many equal neighbouring parts, each cut by itself, and batches are taken
-            from the parts in turn until one has no more.
-        tails: whether samples that fill no batch form short ones, at the end.
-        by_bucket: the order of the short batches is that of the buckets, else that of their last samples.
-    """
-
-    def __init__(
-        self, places: np.ndarray, codes: np.ndarray, batch_size: int, *, lanes: int, tails: bool, by_bucket: bool
-    ) -> None:
-        share = len(places) // lanes
-        parts = [places[lane * share : (lane + 1) * share] for lane in range(lanes)]
-        self._places, self._stream_length = places, len(codes)
-        self._lanes = [_cut(part, codes, batch_size, tails, by_bucket) for part in parts]
-        self._length = lanes * min(len(starts) for _, starts, _ in self._lanes)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def batch(self, number: int) -> np.ndarray:
-        """Returns the places of a global batch."""
-        turn, lane = divmod(number, len(self._lanes))
-        members, starts, lengths = self._lanes[lane]
-        return members[starts[turn] : starts[turn] + lengths[turn]]
-
-    def left(self, handed_out: int) -> np.ndarray:
-        """Returns the places that are in none of the first `handed_out` batches, ascending."""
-        here = np.ones(self._stream_length, bool)
-        for lane, (members, starts, lengths) in enumerate(self._lanes):
-            turns = len(range(lane, min(handed_out, self._length), len(self._lanes)))
-            here[members[np.repeat(starts[:turns], lengths[:turns]) + _within(lengths[:turns])]] = False
-        return self._places[here[self._places]]
-
-
-def _within(counts: np.ndarray) -> np.ndarray:
-    """Returns 0 .. counts[0] - 1, 0 .. counts[1] - 1, ... in one array."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def _cut(
-    places: np.ndarray, codes: np.ndarray, batch_size: int, tails: bool, by_bucket: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lets places fall into their buckets; a bucket that is full is the next batch.
-
-    Returns:
-        The places sorted by bucket, and where in them every batch starts and how long it is.
-    """
-    code = codes[places]
-    if (code < 0).any():
-        places, code = places[code >= 0], code[code >= 0]
-    members = places[np.argsort(code, kind="stable")]
-    counts = np.bincount(code) if len(code) else np.zeros(0, np.int64)
-    first, full = np.cumsum(counts) - counts, counts // batch_size
-    starts = np.repeat(first, full) + batch_size * _within(full)
-    starts = starts[np.argsort(members[starts + batch_size - 1])]
-    lengths = np.full(len(starts), batch_size)
-    if tails:
-        short = np.flatnonzero(counts % batch_size)
-        if not by_bucket:
-            short = short[np.argsort(members[(first + counts - 1)[short]])]
-        starts = np.concatenate([starts, (first + full * batch_size)[short]])
-        lengths = np.concatenate([lengths, (counts % batch_size)[short]])
-    return members, starts, lengths
 
 
 class AspectRatioBatchSampler:
@@ -163,7 +93,7 @@ class AspectRatioBatchSampler:
         self.remainder, self.order, self.drop_last = remainder, order, drop_last
         self.codes, digest = encode_buckets(buckets)
         self.fingerprint = hashlib.sha256(f"{fingerprint}\n{digest}".encode()).hexdigest()
-        self._usable = np.flatnonzero(self.codes >= 0).astype(_index_type(len(self.codes)))
+        self._usable = np.flatnonzero(self.codes >= 0).astype(index_type(len(self.codes)))
         self._counts = np.bincount(self.codes[self._usable]) if len(self._usable) else np.zeros(0, np.int64)
         self._start(Position(0, self._usable[:0], ((batch_size, world_size, 0),)))
         self._refuse_emptiness()
@@ -272,8 +202,8 @@ class AspectRatioBatchSampler:
         for key, value in expected.items():
             if state.get(key) != value:
                 raise DataError(
-                    f"The saved data position does not fit: its {names.get(key, key)} is {state.get(key)!r}, here it is "
-                    f"{value!r}. Restore the data and settings of that run, or start without its data position."
+                    f"The saved data position does not fit: its {names.get(key, key)} is {state.get(key)!r}, here it "
+                    f"is {value!r}. Restore the data and settings of that run, or start without its data position."
                 )
         self._start(self._decode(state))
 
@@ -300,7 +230,7 @@ class AspectRatioBatchSampler:
 
     def _start(self, position: Position) -> None:
         self._position = position
-        self._planned: tuple[np.ndarray, _Plan] | None = None  # made when first asked for
+        self._planned: tuple[np.ndarray, EpochPlan] | None = None  # made when first asked for
 
     def _next_epoch(self) -> None:
         carried = self._usable[:0]
@@ -314,10 +244,10 @@ class AspectRatioBatchSampler:
         return self._made()[0]
 
     @property
-    def _epoch_plan(self) -> _Plan:
+    def _epoch_plan(self) -> EpochPlan:
         return self._made()[1]
 
-    def _made(self) -> tuple[np.ndarray, _Plan]:
+    def _made(self) -> tuple[np.ndarray, EpochPlan]:
         if self._planned is None:
             stream = np.concatenate([self._position.carried, self._fresh_stream(self._position.epoch)])
             self._planned = stream, self._plan(stream, self._position.cuts)
@@ -328,18 +258,16 @@ class AspectRatioBatchSampler:
             return np.arange(len(self.codes), dtype=self._usable.dtype)
         if self.order == "sequential":
             return self._usable
-        # The raw numbers of a bit generator are the same in every numpy release; those of permutation() need not be.
-        draws = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self._usable))
-        return self._usable[np.argsort(draws, kind="stable")]
+        return self._usable[permutation(len(self._usable), self.seed, epoch)]
 
-    def _plan(self, stream: np.ndarray, cuts: tuple[tuple[int, int, int], ...]) -> _Plan:
+    def _plan(self, stream: np.ndarray, cuts: tuple[tuple[int, int, int], ...]) -> EpochPlan:
         official = self.order == "official"
         tails = not self.drop_last if official else self.remainder == "pad"
         codes = self.codes[stream]
         places = np.arange(len(stream), dtype=self._usable.dtype)
         for number, (batch_size, world_size, handed_out) in enumerate(cuts):
             lanes = world_size if official else 1
-            plan = _Plan(places, codes, batch_size, lanes=lanes, tails=tails, by_bucket=official)
+            plan = EpochPlan(places, codes, batch_size, lanes=lanes, tails=tails, by_bucket=official)
             if number + 1 < len(cuts):
                 places = plan.left(handed_out)
         return plan
@@ -349,34 +277,10 @@ class AspectRatioBatchSampler:
             raise DataError(f"None of the {len(self.codes)} samples can be used: give a folder with readable images.")
         if (self.order == "official" or self.remainder == "drop") and not self.batches_per_epoch(0):
             raise DataError(
-                f"An epoch has no batch: {len(self._usable)} samples in {np.count_nonzero(self._counts)} buckets do not "
-                f"fill a batch of {self.batch_size} for each of {self.world_size} processes. Use a smaller batch size, "
-                "or remainder 'pad' or 'carry' (not with order 'official')."
+                f"An epoch has no batch: {len(self._usable)} samples in {np.count_nonzero(self._counts)} buckets do "
+                f"not fill a batch of {self.batch_size} for each of {self.world_size} processes. Use a smaller batch "
+                "size, or remainder 'pad' or 'carry' (not with order 'official')."
             )
-
-
-def encode_buckets(buckets: Sequence[str | None]) -> tuple[np.ndarray, str]:
-    """Numbers the buckets in the order of their ratios, as the tables of `aspect_ratio.py` do.
-
-    Returns:
-        The number of every sample's bucket, -1 for None, and a hash of all buckets.
-    """
-
-    def by_ratio(name: str) -> tuple[int, float, str]:
-        try:
-            return 0, float(name), name
-        except ValueError:
-            return 1, 0.0, name
-
-    names = sorted(set(buckets) - {None}, key=by_ratio)
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)} | {None: -1}
-    kind = np.int16 if len(names) < 2**15 else np.int32  # 16 bits sort much faster
-    codes = np.fromiter(map(numbers.__getitem__, buckets), kind, len(buckets))
-    return codes, hashlib.sha256(repr(names).encode() + codes.tobytes()).hexdigest()
-
-
-def _index_type(length: int) -> type:
-    return np.int32 if length < 2**30 else np.int64
 
 
 def _check(batch_size: int, seed: int, remainder: str, order: str, rank: int, world_size: int) -> None:
