@@ -163,8 +163,8 @@ def fetch_shard(location: str, cache_dir: Path | None = None) -> Path:
     return target
 
 
-def read_beside(location: str, path: Path, suffix: str) -> bytes | None:
-    """Reads the file `<shard without .tar><suffix>.json` beside a shard; None where there is none.
+def beside(location: str, path: Path, suffix: str) -> Path | None:
+    """Returns the file `<shard without .tar><suffix>.json` beside a shard, fetched if need be; None without one.
 
     Args:
         location: of the shard; beside a command's output there is nothing.
@@ -172,22 +172,20 @@ def read_beside(location: str, path: Path, suffix: str) -> bytes | None:
         suffix: such as "_VILA1-5-13B".
 
     Raises:
-        OSError: it is there and cannot be read.
-        FetchError: likewise, of an address.
+        FetchError: it is there, and cannot be fetched.
     """
     if is_command(location):
         return None
     if not is_web(location):
         file = path.with_name(f"{path.stem}{suffix}.json")
-    else:
-        address = urlsplit(location)
-        try:
-            file = resolve(address._replace(path=f"{address.path.removesuffix('.tar')}{suffix}.json").geturl())
-        except FetchError as error:
-            if isinstance(error.__cause__, HTTPError) and error.__cause__.code in ABSENT:
-                return None
-            raise
-    return file.read_bytes() if file.exists() else None
+        return file if file.is_file() else None
+    address = urlsplit(location)
+    try:
+        return resolve(address._replace(path=f"{address.path.removesuffix('.tar')}{suffix}.json").geturl())
+    except FetchError as error:
+        if isinstance(error.__cause__, HTTPError) and error.__cause__.code in ABSENT:
+            return None
+        raise
 
 
 def _list_place(place: str) -> list[ShardEntry]:
