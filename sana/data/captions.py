@@ -64,7 +64,7 @@ def choose_caption(
     Returns:
         The name, and its score (None where no score decided).
     """
-    known = [(name, score) for name, score in scores if name in captions and not math.isnan(score)]
+    known = [(name, score) for name, score in scores if name in captions and math.isfinite(score)]
     names, probabilities = caption_probabilities(known, clip_thr=clip_thr, clip_thr_temperature=clip_thr_temperature)
     if names:
         chosen = rng.choices(names, weights=probabilities, k=1)[0]

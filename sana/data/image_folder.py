@@ -1,11 +1,8 @@
-"""`SanaImgDataset`: a folder of images with their captions beside them. How files are found is in `image_records.py`."""
+"""`SanaImgDataset`: folders of images with captions beside them. How files are found is in `image_records.py`."""
 
 import hashlib
-import io
 import os
 import random
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +25,7 @@ from sana.data.captions import (
 )
 from sana.data.image_records import SHOWN, ImageRecord, find_records
 from sana.data.images import MAX_PIXELS, image_size, read_image
+from sana.data.safe_arrays import read_npy, read_npz
 from sana.data.sample import BrokenSampleError, DataError, Sample
 from sana.data.transforms import bucket_transform, get_transform
 from sana.utils.logging import get_logger
@@ -137,7 +135,23 @@ class SanaImgDataset:
             self._buckets = self._read_buckets() if self.multi_scale else [SQUARE] * len(self)
         return self._buckets
 
-    def captions(self, index: int) -> tuple[dict[str, str], list[tuple[str, float]]]:
+    def image_bytes(self, index: int) -> bytes:
+        """Reads the image file as it is, for content hashes.
+
+        Raises:
+            BrokenSampleError: the file cannot be read.
+        """
+        return _bytes_of(self.records[index].path, self.key(index))
+
+    def captions(self, index: int) -> list[str]:
+        """Reads all captions of an image, each text once.
+
+        Raises:
+            BrokenSampleError: as `scored_captions`.
+        """
+        return list(dict.fromkeys(self.scored_captions(index)[0].values()))
+
+    def scored_captions(self, index: int) -> tuple[dict[str, str], list[tuple[str, float]]]:
         """Reads the captions of an image, {name: text}, and their scores, (name, score), in the order of the files.
 
         Raises:
@@ -166,7 +180,7 @@ class SanaImgDataset:
             DataError: cached features are missing or stale.
         """
         record = self.records[index]
-        captions, scores = self.captions(index)
+        captions, scores = self.scored_captions(index)
         kind, score = choose_caption(
             captions, scores, rng, clip_thr=self.clip_thr, clip_thr_temperature=self.clip_thr_temperature
         )
@@ -238,9 +252,9 @@ class SanaImgDataset:
     def _features(self, index: int, caption: str) -> dict[str, Tensor]:
         if not (self.load_vae_feat or self.load_text_feat):
             return {}
-        record = self.records[index]
         if self.feature_dir is not None:
             return self._cached_features(index, caption)
+        record = self.records[index]
         features: dict[str, Tensor] = {}
         if self.load_vae_feat:
             features["latents"] = _latents_beside(record)
@@ -255,8 +269,7 @@ class SanaImgDataset:
         record = self.records[index]
         self._cache = self._cache or FeatureCache(str(self.feature_dir))
         if self.load_vae_feat and record.key not in self._verified:  # once per process: it reads the whole file
-            content = _bytes_of(record.path, record.key)
-            self._cache.verify(record.key, content, bucket=self._bucket(index))
+            self._cache.verify(record.key, self.image_bytes(index), bucket=self._bucket(index))
             self._verified.add(record.key)
         return self._cache.get(
             record.key,
@@ -288,36 +301,37 @@ def _bytes_of(path: str, key: str) -> bytes:
         raise BrokenSampleError(key, f"{path} cannot be read: {error}") from error
 
 
-def _arrays_beside(record: ImageRecord, suffix: str, option: str) -> dict[str, np.ndarray]:
-    """Reads `name.npy` (as {"": array}) or `name.npz`; pickled objects in them are refused."""
+def _feature_file(record: ImageRecord, suffix: str, option: str) -> bytes:
     path = record.stem + suffix
     if not os.path.isfile(path):
         raise DataError(
             f"data.{option} is set, but {path} is missing: make the features with tools/cache_features.py and name "
             "their folder in data.extra.feature_dir, or switch the option off."
         )
-    try:
-        loaded = np.load(io.BytesIO(_bytes_of(path, record.key)), allow_pickle=False)
-        return {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise BrokenSampleError(record.key, f"{path} cannot be read: {error}") from error
+    return _bytes_of(path, record.key)
 
 
 def _latents_beside(record: ImageRecord) -> Tensor:
-    array = _arrays_beside(record, ".npy", "load_vae_feat")[""]
-    return torch.from_numpy(np.array(array, dtype=np.float32))
+    content = _feature_file(record, ".npy", "load_vae_feat")
+    try:
+        return torch.from_numpy(read_npy(content).astype(np.float32))
+    except ValueError as error:
+        raise BrokenSampleError(record.key, f"its latents (.npy) cannot be read: {error}") from error
 
 
 def _text_features_beside(record: ImageRecord) -> dict[str, Tensor]:
     """Reads the official text features, (1, L, D) with a mask (1, L), and trims them to the real tokens."""
-    arrays = _arrays_beside(record, ".npz", "load_text_feat")
-    if "caption_feature" not in arrays or arrays["caption_feature"].ndim < 2:
-        raise BrokenSampleError(record.key, f"{record.stem}.npz holds no caption_feature of (tokens, width)")
-    embeds = torch.from_numpy(np.array(arrays["caption_feature"], dtype=np.float32)).flatten(0, -2)
-    mask = torch.ones(len(embeds), dtype=torch.int64)
-    if "attention_mask" in arrays:
-        mask = torch.from_numpy(np.array(arrays["attention_mask"], dtype=np.int64)).flatten()
-    if len(mask) != len(embeds) or not mask.any():
-        raise BrokenSampleError(record.key, f"{record.stem}.npz: {len(embeds)} tokens, and a mask of {mask.tolist()}")
-    length = int(mask.nonzero().max()) + 1
-    return {"prompt_embeds": embeds[:length], "prompt_mask": mask[:length]}
+    content = _feature_file(record, ".npz", "load_text_feat")
+    try:
+        arrays = read_npz(content, ("caption_feature", "attention_mask"))
+    except ValueError as error:
+        raise BrokenSampleError(record.key, f"its text features (.npz) cannot be read: {error}") from error
+    feature = arrays.get("caption_feature")
+    if feature is None or feature.ndim < 2:
+        raise BrokenSampleError(record.key, "its text features (.npz) hold no caption_feature of (1, tokens, width)")
+    embeds = torch.from_numpy(feature.astype(np.float32)).flatten(0, -2)
+    real = arrays["attention_mask"].reshape(-1) if "attention_mask" in arrays else np.ones(len(embeds))
+    if len(real) != len(embeds) or not real.any():
+        raise BrokenSampleError(record.key, f"its text features have {len(embeds)} tokens, its mask {int(real.sum())}")
+    length = int(real.nonzero()[0].max()) + 1
+    return {"prompt_embeds": embeds[:length], "prompt_mask": torch.from_numpy(real[:length].astype(np.int64))}

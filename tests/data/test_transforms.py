@@ -1,12 +1,15 @@
 """Resizing and cropping, against arithmetic on ramps and against torchvision."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms import functional as tv
+from torchvision.transforms import v2
 
-from sana.data.transforms import resize_and_crop_tensor
+from sana.data.transforms import bucket_transform, get_transform, picture_to_tensor, resize_and_crop_tensor
 
 sides = st.integers(1, 40)
 
@@ -43,3 +46,61 @@ def test_an_image_of_the_wanted_size_is_not_touched() -> None:
 def test_a_size_without_pixels_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 pixel"):
         resize_and_crop_tensor(torch.zeros(1, 3, 4, 4), 0, 4)
+
+
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(("height", "width"), [(41, 93), (93, 41), (32, 32), (33, 32), (5, 7), (64, 1)])
+def test_default_train_is_resize_and_centre_crop(height: int, width: int) -> None:
+    expected = v2.Compose(
+        [v2.Resize(32), v2.CenterCrop(32), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+         v2.Normalize([0.5] * 3, [0.5] * 3)]
+    )  # fmt: skip
+    actual = get_transform("default_train")(noise(height, width), 32)
+    torch.testing.assert_close(actual, expected(noise(height, width)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("table", "resampling"),
+    [
+        ("ASPECT_RATIO_256", v2.InterpolationMode.BICUBIC),
+        ("ASPECT_RATIO_1024", v2.InterpolationMode.BICUBIC),
+        ("ASPECT_RATIO_2048", v2.InterpolationMode.LANCZOS),
+        ("ASPECT_RATIO_4096_TEST", v2.InterpolationMode.LANCZOS),
+    ],
+)
+def test_a_bucket_is_covered_and_cut(table: str, resampling: v2.InterpolationMode) -> None:
+    # (height, width) and the least size of the same ratio, rounded down, that covers 40 x 60
+    for size, covering in (((50, 70), [42, 60]), ((70, 50), [84, 60]), ((40, 90), [40, 90]), ((40, 60), [40, 60])):
+        resized = v2.functional.resize(noise(*size), covering, resampling)
+        expected = picture_to_tensor(v2.functional.center_crop(resized, [40, 60]))
+        assert (bucket_transform(noise(*size), 40, 60, table) == expected).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides, sides, sides, sides)
+def test_any_picture_fills_any_bucket(old_height: int, old_width: int, height: int, width: int) -> None:
+    white = Image.new("RGB", (old_width, old_height), "white")
+    assert (bucket_transform(white, height, width, "ASPECT_RATIO_512") == 1).all()  # no black border anywhere
+
+
+def test_pixels_become_minus_one_to_one() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    tensor = picture_to_tensor(Image.fromarray(np.stack([ramp, ramp[::-1], ramp.T], axis=-1)))
+    assert tensor.shape == (3, 16, 16)
+    torch.testing.assert_close(tensor[0], torch.linspace(-1, 1, 256).reshape(16, 16))
+    assert (tensor[1] == tensor[0].flip(0)).all() and (tensor[2] == tensor[0].T).all()
+
+
+def test_a_line_is_not_blown_up() -> None:
+    line = Image.new("RGB", (20_000_000, 1))
+    for transform in (get_transform("default_train"), lambda p, n: bucket_transform(p, n, n, "ASPECT_RATIO_512")):
+        with pytest.raises(ValueError, match="20000000 x 1 pixels is too narrow"):
+            transform(line, 512)
+
+
+def test_an_unknown_transform_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="Unknown transform 'default_trian'.*default_train"):
+        get_transform("default_trian")
