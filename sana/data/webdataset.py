@@ -124,8 +124,16 @@ class SanaWebDataset:
             self._buckets = self._find_buckets() if self.options.multi_scale else [SQUARE] * len(self)
         return self._buckets
 
-    def captions(self, index: int) -> tuple[dict[str, str], Scores]:
-        """Returns the captions of an image, {name: text}, and their scores, (name, score), in the order of the files.
+    def captions(self, index: int) -> list[str]:
+        """Reads all captions of an image, each text once.
+
+        Raises:
+            BrokenSampleError: as `scored_captions`.
+        """
+        return list(dict.fromkeys(self.scored_captions(index)[0].values()))
+
+    def scored_captions(self, index: int) -> tuple[dict[str, str], Scores]:
+        """Reads the captions of an image, {name: text}, and their scores, (name, score), in the order of the files.
 
         Raises:
             BrokenSampleError: they cannot be read, or there is none.

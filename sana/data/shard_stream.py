@@ -1,0 +1,170 @@
+"""`StreamedShards`: captioned images read from shards from front to back, for data that is not copied here first.
+
+Random access, which training normally uses, is in `webdataset.py`.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from sana.data.sample import BrokenSampleError, DataError, Sample
+from sana.data.shard_index import IMAGE_KINDS, KINDS, split_name
+from sana.data.shard_list import ShardEntry, list_shards
+from sana.data.shard_records import Record, RecordOptions, make_sample
+from sana.data.shard_urls import open_stream
+from sana.data.tar_members import walk
+from sana.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class StreamedShards(IterableDataset):
+    """Streams the records of tar shards in a fixed order, once per epoch.
+
+    The order of the shards is drawn from (seed, epoch); records keep their order inside a shard. Every process, or
+    worker of `torch.utils.data.DataLoader`, gets whole shards when there are at least as many shards as readers;
+    otherwise each reads all shards and takes every n-th record. No record is given twice in an epoch.
+
+    A shard that ends early or is damaged is an error, as is one whose records' members are not next to each other.
+
+    Args:
+        data_dir: as of `SanaWebDataset`; commands and addresses are opened as streams, nothing is kept.
+        options: how records are decoded.
+        rank: of this process.
+        world_size: number of processes.
+        seed: of the order and of captions.
+        shuffle: False keeps the shards in their order.
+        on_broken: called with every record that cannot be read, and with every shard that breaks off; None raises.
+
+    Attributes:
+        epoch: of the next iteration; set by `set_epoch`.
+        consumed: records given by this object in the epoch. With worker processes the main process counts for itself.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Sequence[str],
+        options: RecordOptions,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        on_broken: Callable[[DataError], None] | None = None,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank} of {world_size} processes.")
+        self.entries = list_shards(data_dir)
+        self.options, self.seed, self.shuffle, self.on_broken = options, seed, shuffle, on_broken
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.consumed = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Starts at the beginning of an epoch."""
+        self.epoch, self.consumed = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: the epoch, and how many records of it this process was given, broken ones included."""
+        return {"epoch": self.epoch, "consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on behind the records that were given. What lies before is read, but not decoded.
+
+        With n worker processes (batch_size=None) `consumed` is what the loader gave; workers take turns, so the number
+        of workers must be the same as before.
+        """
+        self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
+
+    def fingerprint(self) -> str:
+        """A hash of the names of the shards; their keys are not known before they are read."""
+        return hashlib.sha256("\n".join(entry.name for entry in self.entries).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        skipped = self.consumed // workers + (number < self.consumed % workers)
+        reader, readers = self.rank * workers + number, self.world_size * workers
+        for position, record in enumerate(self._records(reader, readers)):
+            if position < skipped:
+                continue
+            self.consumed += 1
+            try:
+                sample = record if isinstance(record, DataError) else self._sample(record)
+            except BrokenSampleError as error:
+                sample = error
+            if isinstance(sample, Sample):
+                yield sample
+            elif self.on_broken is None:
+                raise sample
+            else:
+                self.on_broken(sample)
+
+    def _order(self) -> list[ShardEntry]:
+        order = list(self.entries)
+        if self.shuffle:
+            random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        return order
+
+    def _records(self, reader: int, readers: int) -> Iterator[Record | DataError]:
+        order = self._order()
+        if len(order) >= readers:
+            for entry in order[reader::readers]:
+                yield from _records_of(entry)
+            return
+        number = 0
+        for entry in order:
+            for record in _records_of(entry):
+                if number % readers == reader:
+                    yield record
+                number += 1
+
+    def _sample(self, record: Record) -> Sample:
+        bucket = self.options.bucket(*record.image_size(self.options))
+        return make_sample(record, self.options, bucket, random.Random(f"{self.seed} {self.epoch} {record.key}"))
+
+
+def _records_of(entry: ShardEntry) -> Iterator[Record | DataError]:
+    """Yields the records of one shard; last the error that it broke off with, if any."""
+    seen: set[str] = set()
+    name, members = "", {}
+    try:
+        with open_stream(entry.location) as file:
+            for member, read in walk(file, entry.location):
+                key, kind = split_name(member.name)
+                if not key or kind not in KINDS:
+                    continue
+                if key != name:
+                    if _is_record(members):
+                        yield _record(entry, name, members)
+                    if key in seen:
+                        raise DataError(
+                            f"{entry.location}: the members of {key} are not next to each other, so it cannot be "
+                            "streamed: use SanaWebDataset, which copies it first, or pack it anew."
+                        )
+                    seen.add(key)
+                    name, members = key, {}
+                if kind in members:
+                    raise DataError(f"{entry.location} holds {member.name} twice.")
+                members[kind] = read()
+        if _is_record(members):
+            yield _record(entry, name, members)
+        if entry.nsamples is not None and entry.nsamples != len(seen):
+            raise DataError(f"{entry.location} gave {len(seen)} records, and wids-meta.json says {entry.nsamples}.")
+    except DataError as error:
+        yield error
+
+
+def _is_record(members: dict[str, bytes]) -> bool:
+    return any(kind in members for kind in (*IMAGE_KINDS, "npy"))
+
+
+def _record(entry: ShardEntry, name: str, members: dict[str, bytes]) -> Record:
+    def read(kind: str) -> bytes:
+        if kind not in members:
+            raise BrokenSampleError(f"{entry.name}/{name}", f"{entry.location} has no .{kind} for it")
+        return members[kind]
+
+    return Record(name, f"{entry.name}/{name}", tuple(members), read)
