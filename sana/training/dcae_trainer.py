@@ -1,201 +1,334 @@
-"""Trains a small DC-AE on drawn scenes: reconstruction, gradient and multi-scale losses, unit-variance noisy latents.
+"""Trains an autoencoder, or its decoder alone: one step of both networks, what a run saves, and how it goes on.
 
-Sana's own autoencoders are released, not trained here; this makes the one of the bundled model.
+Losses are in `dcae_losses.py`, the discriminator in `dcae_discriminator.py`, images in `dcae_data.py`, where the
+autoencoder comes from and goes to in `dcae_model.py`.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import copy
+import math
+import signal
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from sana.data.scenes import CELL, GRID, draw_scene, scenes
-from sana.models.autoencoder.dc_ae import DCAE, DCAEConfig
+from sana.models.autoencoder.base import Autoencoder
 from sana.models.autoencoder.loading import load_autoencoder
+from sana.training.dcae_data import FolderImages, ImageFiles, SceneImages, crops, first_images
+from sana.training.dcae_discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    judge_frozen,
+)
+from sana.training.dcae_losses import (
+    EncoderFeatures,
+    PerceptualDistance,
+    latent_term,
+    load_linear,
+    load_vgg16,
+    reconstruction_terms,
+    weighted_sum,
+)
+from sana.training.dcae_model import (
+    CLOSING_LAYERS,
+    encoder_of,
+    freeze_encoder,
+    initial_autoencoder,
+    last_layer,
+    latent_deviation_of,
+)
+from sana.training.dcae_options import DCAETraining
 from sana.training.ema import ExponentialMovingAverage
 from sana.training.muon import Muon, split_parameters
+from sana.training.nonfinite import TrainingDivergedError
+from sana.training.parallel import Parallel
 from sana.training.schedule import Progress, lr_factor
+from sana.training.signals import SignalWatch, StoppedBySignal
+from sana.training.train_log import LOG_NAME, Throughput, TrainLog, describe, progress_bar
 from sana.training.train_state import load_train_state, save_train_state
 from sana.utils.logging import get_logger
+from sana.utils.seed import seed_everything
+
+__all__ = ["DCAETrainer", "DCAETraining", "crops", "latent_deviation", "psnr", "train_dcae"]
 
 logger = get_logger(__name__)
 
-CROP_CELLS = 4  # side of a training crop, in lattice cells
+STATE_FILE = "state.pt"
+FRESH = 2 * 10**6  # seed of scenes that no run trains on
 
 
-@dataclass(frozen=True)
-class DCAETraining:
-    """Options of a run; `model` holds the fields of `DCAEConfig`."""
+class Reconstruction(nn.Module):
+    """images -> (decoded, latents) in one forward call, as DDP needs it; noise is added to the latents in between."""
 
-    work_dir: Path
-    model: dict[str, Any] = field(default_factory=dict)
-    steps: int = 6000
-    minutes: float | None = None
-    batch_size: int = 16  # crops per process
-    lr: float = 6e-4
-    whole_scene_from: float = 0.85  # after this part of the run, batches are whole scenes
-    latent_noise: float = 0.15  # largest standard deviation of the noise added to latents before decoding
-    residual_gain: float = 0.3  # initial weight of the norm that closes each residual branch
-    decoder_only: bool = False  # freeze the encoder: sharpens without moving the latents
-    seed: int = 0
-    save_every: int = 200
-    init: Path | None = None  # autoencoder folder to start from
-
-
-class ReconstructionLoss(nn.Module):
-    """images -> loss. Wraps the autoencoder so that one forward call holds both halves (as DDP needs).
-
-    loss = L1 + 2 MSE + 0.5 L1 of image gradients + 0.5 L1 at 1/2, 1/4 and 1/8 of the size
-           + 0.1 (mean^2 + log(std)^2) per latent channel, which keeps latents at unit variance.
-    """
-
-    def __init__(self, autoencoder: DCAE, *, latent_noise: float, decoder_only: bool) -> None:
+    def __init__(self, autoencoder: Autoencoder, *, latent_noise: float, frozen: bool) -> None:
         super().__init__()
-        self.autoencoder, self.latent_noise, self.decoder_only = autoencoder, latent_noise, decoder_only
+        self.autoencoder, self.latent_noise, self.frozen = autoencoder, latent_noise, frozen
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> (loss, mean squared error), both 0-d."""
-        with torch.set_grad_enabled(not self.decoder_only and torch.is_grad_enabled()):
-            latents = self.autoencoder.encoder(images).float()
+        """(B, 3, H, W) in [-1, 1] -> float32 images of that shape and raw latents (B, C, h, w)."""
+        with torch.set_grad_enabled(not self.frozen and torch.is_grad_enabled()):
+            latents = self.autoencoder.raw_encode(images).float()
         strength = self.latent_noise * torch.rand(len(images), 1, 1, 1, device=images.device)
-        decoded = self.autoencoder.decoder(latents + strength * torch.randn_like(latents)).float()
-        mse = F.mse_loss(decoded, images)
-        loss = F.l1_loss(decoded, images) + 2 * mse + 0.5 * _gradient_l1(decoded, images)
-        for factor in (2, 4, 8):
-            loss = loss + 0.5 * F.l1_loss(F.avg_pool2d(decoded, factor), F.avg_pool2d(images, factor))
-        if not self.decoder_only:
-            flat = latents.transpose(0, 1).flatten(1)  # (C, B h w)
-            loss = loss + 0.1 * (flat.mean(1).square() + flat.std(1).log().square()).mean()
-        return loss, mse.detach()
+        return self.autoencoder.raw_decode(latents + strength * torch.randn_like(latents)).float(), latents
 
 
-def _gradient_l1(a: Tensor, b: Tensor) -> Tensor:
-    return sum(F.l1_loss(a.diff(dim=dim), b.diff(dim=dim)) for dim in (2, 3))
+class DCAETrainer:
+    """Builds what the options name, and goes on from `work_dir/state.pt` where there is one.
+
+    Every step's random numbers come from (seed, step, rank) alone, and so do the images: a killed run that goes on
+    equals one that was never killed, bit for bit on a CPU, as long as `minutes` is not given.
+
+    Raises:
+        ValueError: options that do not fit together, or a work_dir of another run.
+        CheckpointError, DataError: weights or images that are not there.
+    """
+
+    def __init__(self, options: DCAETraining) -> None:
+        self.options, self.parallel = options, Parallel(options.mixed_precision)
+        seed_everything(options.seed)
+        autoencoder = initial_autoencoder(options.vae_pretrained, options.model, options.residual_gain)
+        self.perceptual = _perceptual(options, autoencoder)
+        if options.freeze_encoder:
+            freeze_encoder(autoencoder)
+        reconstruction = Reconstruction(autoencoder, latent_noise=options.latent_noise, frozen=options.freeze_encoder)
+        self.discriminator = PatchDiscriminator() if options.weights.gan else None
+        self.autoencoder, self.step, self.images_seen = autoencoder, 0, 0
+        self.module = self.parallel.prepare(reconstruction)
+        self.ema = ExponentialMovingAverage(autoencoder, options.ema_decay)
+        self.optimizers = _optimizers(options, autoencoder)
+        self.last_layer = last_layer(autoencoder)
+        if self.perceptual is not None:
+            self.perceptual.to(self.parallel.device)
+        if self.discriminator is not None:
+            self.critic = Parallel(options.mixed_precision)
+            self.critic_module = self.critic.prepare(self.discriminator)
+            self.critic_optimizer = torch.optim.AdamW(
+                self.discriminator.parameters(), options.gan_lr, (0.5, 0.9), weight_decay=0.0
+            )
+        self._resume()
+
+    def train(self) -> Autoencoder:
+        """Runs to the end; returns the averaged autoencoder in eval mode.
+
+        Raises:
+            StoppedBySignal: after a checkpoint, on SIGTERM or SIGINT.
+            TrainingDivergedError: a gradient is not finite; the last checkpoint is intact.
+        """
+        options, step = self.options, self.step
+        progress = Progress(options.steps, options.minutes, step=step, seconds=self.seconds)
+        log = TrainLog(options.work_dir / LOG_NAME, resume_step=step)
+        try:
+            with SignalWatch() as watch, progress_bar(options.steps, step=step) as bar:
+                self._run(progress, log, watch, bar)
+        finally:
+            self.images.close()
+            log.close()
+        self.save(progress)
+        self.ema.copy_to(self.autoencoder)
+        return self.autoencoder.eval()
+
+    def _run(self, progress: Progress, log: TrainLog, watch: SignalWatch, bar: Any) -> None:
+        options, world = self.options, self.parallel.world_size
+        speed = Throughput(options.steps, step=self.step, seconds=self.seconds)
+        while (fraction := self._agree(progress.fraction, watch, progress)) < 1:
+            images = self.images.batch(self.step, fraction).to(self.parallel.device)
+            values = self.train_step(images, fraction)
+            self.step, progress.step = self.step + 1, self.step + 1
+            self.images_seen += len(images) * world
+            bar.update()
+            speed.update(self.step, len(images) * world)
+            if self.step % options.log_every == 0 or self.step == options.steps:
+                record = self._record(values) | {"images_per_second": speed.images_per_second}
+                log.write({"step": self.step, **record})
+                bar.set_postfix_str(f"psnr {record['psnr']:.2f}, {describe(record, speed.seconds_left)}")
+            if self.step % options.save_every == 0:
+                self.save(progress)
+
+    def train_step(self, images: Tensor, fraction: float) -> dict[str, Tensor | float]:
+        """One step of the autoencoder, its average, then one of the discriminator. Returns what the log shows."""
+        options, lr = self.options, self.options.lr * lr_factor(self.step, fraction)
+        _set_lr(self.optimizers, lr)
+        seed_everything(_seed(options.seed, self.step, self.parallel.rank))
+        adversarial = self.discriminator is not None and self.step >= options.gan_start
+        with self.parallel.autocast():
+            decoded, latents = self.module(images)
+            terms = reconstruction_terms(decoded, images, options.weights, self.perceptual)
+            loss = weighted_sum(terms, options.weights)
+            if adversarial:
+                terms["gan"] = hinge_generator_loss(judge_frozen(self.discriminator, decoded).float())
+        if adversarial:
+            weight = adaptive_weight(loss, terms["gan"], self.last_layer, self._mean)
+            terms["gan_weight"] = weight
+            loss = loss + options.weights.gan * weight * terms["gan"]
+        if options.weights.latent and not options.freeze_encoder:
+            terms["latent"] = latent_term(latents)
+            loss = loss + options.weights.latent * terms["latent"]
+        self.parallel.backward(loss)
+        norm = self.parallel.clip_gradients(1.0)
+        if not torch.isfinite(norm):
+            raise TrainingDivergedError(
+                f"Training diverged: the gradient of step {self.step} is {norm.item()}. The last checkpoint is as it "
+                "was; go on from it with a lower lr."
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.ema.update(self.autoencoder)
+        if adversarial:
+            terms["discriminator"] = self._discriminator_step(images, decoded.detach())
+        return {name: term.detach() for name, term in ({"loss": loss} | terms).items()} | {"lr": lr, "grad_norm": norm}
+
+    def _discriminator_step(self, images: Tensor, decoded: Tensor) -> Tensor:
+        """Both halves in one forward call, as DDP needs it."""
+        with self.critic.autocast():
+            real, fake = self.critic_module(torch.cat([images, decoded])).float().chunk(2)
+        loss = hinge_discriminator_loss(real, fake)
+        self.critic.backward(loss)
+        self.critic.clip_gradients(1.0)
+        self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad()
+        return loss
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        return self.parallel.accelerator.reduce(tensor, "mean")
+
+    def _agree(self, fraction: float, watch: SignalWatch, progress: Progress) -> float:
+        """The main process's progress; a signal that any process got stops all of them after a checkpoint."""
+        fraction, terminated, interrupted = self.parallel.sum(
+            fraction if self.parallel.is_main else 0.0,
+            watch.received == signal.SIGTERM,
+            watch.received == signal.SIGINT,
+        )
+        if terminated or interrupted:
+            self.save(progress)
+            raise StoppedBySignal(signal.SIGTERM if terminated else signal.SIGINT)
+        return fraction
+
+    def _record(self, values: dict[str, Tensor | float]) -> dict[str, float]:
+        """Means over processes, and PSNR of the batch from its squared error."""
+        means = self.parallel.sum(*(float(value) / self.parallel.world_size for value in values.values()))
+        record = dict(zip(values, means, strict=True))
+        return record | {"psnr": -10 * math.log10(max(record["mse"], 1e-12) / 4)}
+
+    def save(self, progress: Progress) -> None:
+        """Writes `work_dir/state.pt`, whole or not at all. Every process must call it."""
+        broken = sorted(set().union(*self.parallel.gather(self.images.broken)))
+        if self.parallel.is_main:
+            critic = self.discriminator is not None
+            save_train_state(self.options.work_dir / STATE_FILE, {
+                "recipe": self.options.recipe(), "data": self.images.name,
+                "step": self.step, "seconds": progress.seconds, "images_seen": self.images_seen, "broken": broken,
+                "model": self.autoencoder.state_dict(), "ema": self.ema.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "discriminator": self.discriminator.state_dict() if critic else None,
+                "critic_optimizer": self.critic_optimizer.state_dict() if critic else None,
+            })  # fmt: skip
+        self.parallel.barrier()
+
+    def _resume(self) -> None:
+        path = self.options.work_dir / STATE_FILE
+        state = load_train_state(path)
+        self.seconds = 0.0
+        if state is None:
+            self.images = self._images(())
+            return
+        recipe = self.options.recipe()
+        if changed := [name for name, value in recipe.items() if state["recipe"].get(name) != value]:
+            name = changed[0]
+            raise ValueError(
+                f"{path} is of a run with {name} = {state['recipe'].get(name)}, and {name} is now {recipe[name]}: use "
+                "another work_dir, or start from its weights by vae_pretrained."
+            )
+        self.step, self.seconds, self.images_seen = state["step"], state["seconds"], state["images_seen"]
+        self.autoencoder.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.images = self._images(state["broken"])
+        if self.images.name != state["data"]:
+            raise ValueError(f"{path} is of a run with other images: use another work_dir, or restore them.")
+        logger.info("resumed %s at step %d", path, self.step)
+
+    def _images(self, broken: Any) -> SceneImages | FolderImages:
+        options, place = self.options, {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
+        if not options.data_dir:
+            return SceneImages(options.batch_size, options.seed, whole_scene_from=options.whole_scene_from, **place)
+        if options.image_size % self.autoencoder.downsample_factor:
+            raise ValueError(
+                f"image_size is {options.image_size}, which {self.autoencoder.downsample_factor}, the downsampling "
+                "factor of this autoencoder, does not divide"
+            )
+        dataset = ImageFiles(options.data_dir, options.image_size)
+        return FolderImages(
+            dataset,
+            options.batch_size,
+            options.seed,
+            **place,
+            start=self.images_seen,
+            workers=options.workers,
+            broken=broken,
+        )
+
+    def sample_images(self, count: int = 64) -> Tensor:
+        """Images to measure on: scenes that are not trained on, or the first of the folder; (count, 3, H, W)."""
+        if isinstance(self.images, FolderImages):
+            return first_images(self.images.dataset, count)
+        return crops(FRESH, count, whole=True)
 
 
-def crops(seed: int, batch_size: int, *, whole: bool) -> Tensor:
-    """A batch of whole scenes, or of lattice-aligned crops that each contain an object; (B, 3, S, S) in [-1, 1]."""
-    rng = np.random.default_rng(seed)
-    stream, batch = scenes(seed), []
-    for scene in (next(stream) for _ in range(batch_size)):
-        image = draw_scene(scene)
-        if not whole:
-            item = scene.objects[int(rng.integers(len(scene.objects)))]
-            corner = []
-            for start in (item.row, item.column):
-                low, high = max(0, start + item.cells - CROP_CELLS), min(start, GRID - CROP_CELLS)
-                corner.append(CELL * int(rng.integers(min(low, high), max(low, high) + 1)))
-            image = image[corner[0] : corner[0] + CELL * CROP_CELLS, corner[1] : corner[1] + CELL * CROP_CELLS]
-        batch.append(torch.from_numpy(image))
-    return torch.stack(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
+def train_dcae(options: DCAETraining) -> Autoencoder:
+    """Runs or resumes a training; returns the averaged autoencoder in eval mode. See `DCAETrainer`."""
+    return DCAETrainer(options).train()
 
 
-def psnr(autoencoder: nn.Module, *, count: int = 64, seed: int = 10**6) -> float:
-    """Mean PSNR in dB over freshly drawn whole scenes, of decode(encode(x)) clamped to [-1, 1]."""
-    values = []
-    device = next(autoencoder.parameters()).device
-    with torch.no_grad():
-        for start in range(0, count, 8):
-            images = crops(seed + start, 8, whole=True).to(device)
-            decoded = autoencoder.decoder(autoencoder.encoder(images)).clamp(-1, 1)
-            values.append(-10 * torch.log10((decoded - images).square().flatten(1).mean(1) / 4))
+@torch.no_grad()
+def psnr(autoencoder: Autoencoder, *, count: int = 64, seed: int = 10**6, images: Tensor | None = None) -> float:
+    """Mean PSNR in dB of decode(encode(x)), clamped to [-1, 1], over `images` or freshly drawn whole scenes."""
+    values, device = [], next(autoencoder.parameters()).device
+    for start in range(0, count if images is None else len(images), 8):
+        batch = crops(seed + start, 8, whole=True) if images is None else images[start : start + 8]
+        batch = batch.to(device)
+        decoded = autoencoder.raw_decode(autoencoder.raw_encode(batch)).clamp(-1, 1)
+        values.append(-10 * torch.log10((decoded - batch).square().flatten(1).mean(1) / 4))
     return torch.cat(values).mean().item()
 
 
-def train_dcae(options: DCAETraining) -> DCAE:
-    """Runs or resumes a training; returns the averaged model (also in `work_dir/state.pt` under "ema").
-
-    Under torchrun each process draws its own scenes and gradients are averaged.
-    """
-    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
-    torch.manual_seed(options.seed)
-    autoencoder = _initial_model(options)
-    ema = ExponentialMovingAverage(autoencoder, 0.998)
-    module = ReconstructionLoss(autoencoder, latent_noise=options.latent_noise, decoder_only=options.decoder_only)
-    if options.decoder_only:
-        autoencoder.encoder.requires_grad_(False)
-    matrices, rest = split_parameters(autoencoder, exclude=("decoder.project_out", "encoder.project_in"))
-    optimizers = [Muon(matrices, options.lr), torch.optim.AdamW(rest, options.lr, (0.9, 0.98), weight_decay=0.0)]
-    path = options.work_dir / "state.pt"
-    state = load_train_state(path)
-    step, seconds = 0, 0.0
-    if state is not None:
-        autoencoder.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, seconds = state["step"], state["seconds"]
-        logger.info("resumed %s at step %d", path, step)
-    module = accelerator.prepare(module)
-    progress = Progress(options.steps, options.minutes, step=step, seconds=seconds)
-    bar = tqdm(total=options.steps, initial=step, disable=not accelerator.is_main_process, mininterval=10)
-    while (fraction := _shared(progress.fraction)) < 1:
-        step = progress.step
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * lr_factor(step, fraction)
-        whole = fraction >= options.whole_scene_from
-        count = max(2, options.batch_size // 4) if whole else options.batch_size
-        seed = options.seed + (step * accelerator.num_processes + accelerator.process_index) * 1000 + 17
-        with accelerator.autocast():
-            loss, mse = module(crops(seed, count, whole=whole).to(accelerator.device))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(autoencoder.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update(autoencoder)
-        progress.step += 1
-        bar.update()
-        if progress.step % 50 == 0:
-            bar.set_postfix_str(
-                f"loss {loss.item():.4f} psnr {-10 * torch.log10(mse / 4).item():.2f} at {fraction:.2f}"
-            )
-        if accelerator.is_main_process and progress.step % options.save_every == 0:
-            _save(path, autoencoder, ema, optimizers, progress)
-    if accelerator.is_main_process:
-        _save(path, autoencoder, ema, optimizers, progress)
-    ema.copy_to(autoencoder)
-    return autoencoder.eval()
-
-
-def latent_deviation(autoencoder: DCAE, *, count: int = 64, seed: int = 2 * 10**6) -> float:
+def latent_deviation(autoencoder: Autoencoder, *, count: int = 64, seed: int = FRESH) -> float:
     """Standard deviation of the raw latents of fresh scenes; its inverse is the scaling factor."""
-    with torch.no_grad():
-        return autoencoder.encoder(crops(seed, count, whole=True)).std().item()
+    return latent_deviation_of(autoencoder, crops(seed, count, whole=True))
 
 
-def _initial_model(options: DCAETraining) -> DCAE:
-    if options.init is not None:
-        return load_autoencoder(options.init, dtype=torch.float32).train()
-    autoencoder = DCAE(DCAEConfig(**options.model))
-    _damp_residuals(autoencoder, options.residual_gain)
-    return autoencoder
+def _perceptual(options: DCAETraining, autoencoder: Autoencoder) -> PerceptualDistance | None:
+    """The distance of the lpips term; its backbone is a frozen copy, so it stays what it was as the encoder learns."""
+    if not options.weights.lpips:
+        return None
+    if options.lpips_weights is None:
+        return PerceptualDistance(EncoderFeatures(copy.deepcopy(encoder_of(autoencoder))))
+    if options.lpips_weights.is_dir():
+        return PerceptualDistance(EncoderFeatures(encoder_of(load_autoencoder(options.lpips_weights))))
+    linear = load_linear(options.lpips_linear) if options.lpips_linear else None
+    return PerceptualDistance(load_vgg16(options.lpips_weights), linear)
 
 
-def _damp_residuals(autoencoder: nn.Module, gain: float) -> None:
-    """Starts every residual branch small: without it the activations of a fresh stack grow stage by stage."""
-    for name, parameter in autoencoder.named_parameters():
-        if name.endswith("norm.weight"):
-            nn.init.constant_(parameter, gain)
+def _optimizers(options: DCAETraining, autoencoder: Autoencoder) -> list[torch.optim.Optimizer]:
+    if options.optimizer == "adamw":
+        learning = [parameter for parameter in autoencoder.parameters() if parameter.requires_grad]
+        return [torch.optim.AdamW(learning, options.lr, (0.9, 0.98), weight_decay=0.0)]
+    matrices, rest = split_parameters(autoencoder, exclude=CLOSING_LAYERS)
+    return [Muon(matrices, options.lr), torch.optim.AdamW(rest, options.lr, (0.9, 0.98), weight_decay=0.0)]
 
 
-def _shared(fraction: float) -> float:
-    """The main process's progress, so that all processes stop after the same step."""
-    values = [fraction]
-    broadcast_object_list(values)
-    return values[0]
+def _set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
 
-def _save(path: Path, model: nn.Module, ema: ExponentialMovingAverage, optimizers: list, progress: Progress) -> None:
-    state = {
-        "model": model.state_dict(), "ema": ema.state_dict(), "step": progress.step, "seconds": progress.seconds,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }  # fmt: skip
-    save_train_state(path, state)
+def _seed(seed: int, step: int, rank: int) -> int:
+    """A seed for one step of one process, far from those of its neighbours."""
+    return (seed * 1_000_003 + step * 4099 + rank) % 2**63
