@@ -40,6 +40,7 @@ from sana.training.checkpoint_folder import (
     step_of,
 )
 from sana.training.train_state import plain, sync_file, sync_folder, write_tensors, write_text
+from sana.utils import distributed
 from sana.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -57,8 +58,8 @@ class CheckpointWriteError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run: its only writer. To look at them from elsewhere use `checkpoint_folder`.
 
-    Every rank makes one and calls `save` equally often with the same steps; the folder must be shared by all. What a
-    killed run left half-written is removed here, by rank 0, before the first `save`.
+    Every rank makes one (in a process group they wait for one another) and calls `save` equally often with the same
+    steps; the folder must be shared by all. What a killed run left half-written is removed here, by rank 0.
 
     Args:
         folder: `work_dir/checkpoints`.
@@ -84,6 +85,7 @@ class Checkpoints:
         self._error: BaseException | None = None
         if rank == 0:
             _clean(self.folder)
+        distributed.barrier()  # no rank writes what rank 0 would take for a leftover
 
     def save(
         self, step: int, *, shared: Mapping[str, Any] | None = None, per_rank: Mapping[str, Any] | None = None,
@@ -267,8 +269,8 @@ class Checkpoints:
             if not isinstance(error, OSError | SafetensorError):
                 raise
             raise CheckpointWriteError(
-                f"{partial.with_suffix('')} could not be written ({_reason(error)}); earlier checkpoints are untouched: "
-                f"{_advice(error)}."
+                f"{partial.with_suffix('')} could not be written ({_reason(error)}); earlier checkpoints are "
+                f"untouched: {_advice(error)}."
             ) from error
 
 

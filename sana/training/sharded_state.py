@@ -92,13 +92,27 @@ class _SafeUnpickler(pickle.Unpickler):
 
 
 class _SafeReader(dcp.FileSystemReader):
+    """Reads the table safely. DCP swallows errors of `read_metadata`, so they are raised one call later, on all."""
+
     def __init__(self, folder: Path, check: Callable[[], None] | None) -> None:
         super().__init__(folder)
-        self.check = check
+        self.check, self.error = check, None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        if self.check is not None:
-            self.check()
+    def read_metadata(self) -> dcp.Metadata:
+        try:
+            if self.check is not None:
+                self.check()
+            return self._read_table()
+        except Exception as error:
+            self.error = error
+            return dcp.Metadata({}, storage_data={})
+
+    def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        super().set_up_storage_reader(*args, **kwargs)
+
+    def _read_table(self) -> dcp.Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _SafeUnpickler(file).load()
         for info in metadata.storage_data.values():
