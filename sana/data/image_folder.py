@@ -4,10 +4,10 @@ import hashlib
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ logger = get_logger(__name__)
 
 HEADER_THREADS = 8  # for folders on a network
 HEADERS_AT_ONCE = 4096
+Parsed = TypeVar("Parsed", dict[str, str], list[tuple[str, float]])
 SQUARE = "1.0"  # the only bucket without multi_scale
 
 
@@ -286,7 +287,7 @@ class SanaImgDataset:
             )
 
 
-def _parsed(parse, path: str, record: ImageRecord):
+def _parsed(parse: Callable[[Any, str], Parsed], path: str, record: ImageRecord) -> Parsed:
     """Returns what `captions_of_json` or `scores_of_json` finds in a file that may be missing."""
     try:
         return parse(read_json(path, record.key), record.name)
