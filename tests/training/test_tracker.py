@@ -126,6 +126,7 @@ def test_wandb_offline_writes_a_run_and_a_resumed_one_has_the_same_id(tmp_path, 
     tracker.log({"loss": 0.25}, 2)
     tracker.image("validation", picture, 2)
     tracker.close()
+    sys.modules["wandb"].teardown()  # as at the end of a process: only then is the file sure to be whole
     (folder,) = (work_dir / "wandb").glob("offline-run-*")
     rows = dict(wandb_history(folder))
     assert (rows[1]["loss"], rows[2]["loss"]) == (0.5, 0.25)
