@@ -95,7 +95,7 @@ class AspectRatioBatchSampler:
         self.fingerprint = hashlib.sha256(f"{fingerprint}\n{digest}".encode()).hexdigest()
         self._usable = np.flatnonzero(self.codes >= 0).astype(index_type(len(self.codes)))
         self._counts = np.bincount(self.codes[self._usable]) if len(self._usable) else np.zeros(0, np.int64)
-        self._start(Position(0, self._usable[:0], ((batch_size, world_size, 0),)))
+        self.go_to(Position(0, self._usable[:0], ((batch_size, world_size, 0),)))
         self._refuse_emptiness()
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -171,6 +171,11 @@ class AspectRatioBatchSampler:
 
         return rounds(past + 1) - (rounds(past) if past else 0)
 
+    def go_to(self, position: Position) -> None:
+        """Goes on behind an earlier `position` of this sampler."""
+        self._position = position
+        self._planned: tuple[np.ndarray, EpochPlan] | None = None  # made when first asked for
+
     def state_dict(self, position: Position | None = None) -> dict[str, Any]:
         """Returns the position as ints, strings and lists, the same on every rank between two rounds.
 
@@ -205,7 +210,7 @@ class AspectRatioBatchSampler:
                     f"The saved data position does not fit: its {names.get(key, key)} is {state.get(key)!r}, here it "
                     f"is {value!r}. Restore the data and settings of that run, or start without its data position."
                 )
-        self._start(self._decode(state))
+        self.go_to(self._decode(state))
 
     def _decode(self, state: dict[str, Any]) -> Position:
         try:
@@ -228,15 +233,11 @@ class AspectRatioBatchSampler:
     def _rules(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("seed", "order", "remainder", "drop_last")}
 
-    def _start(self, position: Position) -> None:
-        self._position = position
-        self._planned: tuple[np.ndarray, EpochPlan] | None = None  # made when first asked for
-
     def _next_epoch(self) -> None:
         carried = self._usable[:0]
         if self.order != "official" and self.remainder == "carry":
             carried = self._stream[self._epoch_plan.left(self._position.handed_out)]
-        self._start(Position(self._position.epoch + 1, carried, ((self.batch_size, self.world_size, 0),)))
+        self.go_to(Position(self._position.epoch + 1, carried, ((self.batch_size, self.world_size, 0),)))
 
     @property
     def _stream(self) -> np.ndarray:
