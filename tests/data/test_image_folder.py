@@ -172,7 +172,8 @@ def test_a_turned_photograph_is_in_the_bucket_it_is_loaded_for(tmp_path) -> None
     assert load(dataset).image.shape == (3, *ASPECT_RATIOS["ASPECT_RATIO_256"]["2.0"])
 
 
-def test_unreadable_headers_go_with_the_most_usual_bucket_and_break_on_loading(tmp_path, caplog) -> None:
+def test_unreadable_headers_go_with_the_most_usual_bucket_and_break_on_loading(tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("sana"), "propagate", True)  # setup_logging switches it off
     for name in ("a.png", "b.png"):
         add(tmp_path, name, size=(40, 20))
     add(tmp_path, "c.png", size=(20, 20))

@@ -86,7 +86,8 @@ def test_bad_meta_data_stops(tmp_path, content: str, message: str) -> None:
         find_records([tmp_path])
 
 
-def test_what_lacks_its_half_is_left_out_with_one_line_each(tmp_path, caplog) -> None:
+def test_what_lacks_its_half_is_left_out_with_one_line_each(tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("sana"), "propagate", True)  # setup_logging switches it off
     add(tmp_path, "good.png")
     for number in range(7):
         add(tmp_path, f"bare{number}.png", None)
