@@ -4,6 +4,9 @@ The process is x_sigma = (1 - sigma) * latents + sigma * noise with sigma in [0,
 velocity noise - latents (Sana, section 2.3; Esser et al. 2024, equations 12 to 14).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -111,3 +114,23 @@ def flow_loss(prediction: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
     dtype = torch.float64 if prediction.dtype == torch.float64 else torch.float32
     error = prediction.to(dtype) - velocity_target(latents.to(dtype), noise.to(dtype))
     return error.square().flatten(1).mean(1)
+
+
+def flow_training_loss(
+    model: Callable[..., Tensor], latents: Tensor, noise: Tensor, index: Tensor, flow_shift: float, **model_kwargs: Any
+) -> Tensor:
+    """Returns the training loss of every sample: noise is added, the velocity predicted and compared.
+
+    Args:
+        model: (noisy latents, timesteps (B,) int64, **model_kwargs) -> velocity.
+        latents: (B, C, H, W).
+        noise: like `latents`, standard normal.
+        index: (B,) int64 in [0, 1000), from `timestep_sampling.sample_timesteps`.
+        flow_shift: see `shift_sigma`.
+        **model_kwargs: captions, mask.
+
+    Returns:
+        (B,) float32.
+    """
+    sigma = training_sigmas(flow_shift).to(index.device)[index]
+    return flow_loss(model(add_noise(latents, noise, sigma), training_timesteps(sigma), **model_kwargs), latents, noise)

@@ -1,17 +1,23 @@
 """Muon: momentum whose update is orthogonalised, for the matrices of a network; convolution kernels count as matrices.
 
 `torch.optim.Muon` takes 2-D parameters only, and half of this model's matrices are 1x1 and 3x3 convolutions. Everything
-else (norms, biases, embeddings, depthwise kernels, output layers) belongs in AdamW: `split_parameters` sorts them.
+else (norms, biases, embeddings, depthwise kernels, output layers) belongs in AdamW: `MuonWithAdamW` does both.
 """
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 NEWTON_SCHULZ = (
     3.4445,
     -4.7750,
     2.0315,
 )  # quintic iteration of Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
+
+EXCLUDED = ("embed_tokens", "final_layer", "x_embedder", "t_block", "t_embedder")  # inputs, outputs and conditioning
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -50,21 +56,103 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 buffer = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"])
-                matrix = update.reshape(len(update), -1).bfloat16()
+                matrix = _whole(update).flatten(1).bfloat16()
                 scale = 0.2 * max(matrix.shape) ** 0.5
+                direction = orthogonalise(matrix).reshape(parameter.shape).to(parameter.dtype)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(
-                    orthogonalise(matrix).reshape(parameter.shape).to(parameter.dtype), alpha=-group["lr"] * scale
+                parameter.add_(_like(direction, parameter), alpha=-group["lr"] * scale)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """An FSDP2 shard as the whole tensor, on every process: one exchange a matrix, then no more."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, cut as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh = parameter.device_mesh
+    copies = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return copies.redistribute(placements=parameter.placements)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """One optimiser: Muon for the matrices, `torch.optim.AdamW` for everything else. Type "Muon" of a configuration.
+
+    Args:
+        params: pairs (name, parameter), or groups of them; each group becomes one of matrices and one of the rest.
+        lr: of the matrices.
+        momentum: of the matrices.
+        weight_decay: of the matrices.
+        adamw_lr: of the rest; None: like `lr`. A group's own lr scales both.
+        adamw_betas, adamw_eps, adamw_weight_decay: of the rest.
+        exclude: parameters with one of these words in their name belong to the rest.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.98),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
+        exclude: tuple[str, ...] = EXCLUDED,
+    ) -> None:
+        entries = list(params)
+        groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+        matrices, rest = [], []
+        for group in groups:
+            own_lr = group.get("lr", lr)
+            adamw_own_lr = own_lr if adamw_lr is None else adamw_lr * own_lr / lr
+            orthogonal, other = split_named_parameters(group["params"], exclude)
+            if orthogonal:
+                matrices.append(
+                    {"params": orthogonal, "lr": own_lr, "weight_decay": group.get("weight_decay", weight_decay)}
                 )
+            if other:
+                rest.append({"params": other, "lr": adamw_own_lr})
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._parts.append(Muon(matrices, lr, momentum, weight_decay))
+        if rest:
+            self._parts.append(
+                torch.optim.AdamW(rest, betas=adamw_betas, eps=adamw_eps, weight_decay=adamw_weight_decay)
+            )
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Updates every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:  # they work on this optimiser's own groups and state, which loading replaces
+            orthogonal = isinstance(part, Muon)
+            part.param_groups = [group for group in self.param_groups if ("momentum" in group) == orthogonal]
+            part.state = self.state
+            part.step()
+        return loss
 
 
-def split_parameters(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_named_parameters(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], exclude: tuple[str, ...] = ()
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices for Muon, the rest for AdamW), without frozen parameters; `exclude`: words of names for the rest."""
     matrices, rest = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         columns = parameter[0].numel() if parameter.ndim > 1 else 0
         is_matrix = parameter.ndim in (2, 4) and columns > 25 and len(parameter) > 4
         (matrices if is_matrix and not any(word in name for word in exclude) else rest).append(parameter)
     return matrices, rest
+
+
+def split_parameters(model: nn.Module, exclude: tuple[str, ...] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """`split_named_parameters` of a module."""
+    return split_named_parameters(model.named_parameters(), exclude)

@@ -153,9 +153,9 @@ class CrossAttention(nn.Module):
         self.fp32_attention = False
         self.q_linear = nn.Linear(dim, dim)
         self.kv_linear = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.q_norm = RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, cond: Tensor, mask: Tensor | None = None) -> Tensor:
         """Reads the text.
