@@ -1,27 +1,39 @@
-"""Trains a model: python train_scripts/train.py CONFIG.yaml [--section.key=value ...]; resumes from its work_dir."""
+"""Trains a model: python train_scripts/train.py CONFIG.yaml [--section.key=value ...]
+
+The same command goes on from the newest checkpoint of its --work_dir. Also under torchrun and accelerate launch.
+Exit codes: 0 done, 1 the training failed, 2 wrong arguments or configuration, 130 / 143 stopped by SIGINT / SIGTERM.
+"""
 
 import sys
 
 from sana.config import ConfigError, load_config
-from sana.training.trainer import Trainer
+from sana.registry import UnknownNameError
 from sana.utils.logging import setup_logging
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 2: wrong arguments or configuration; 1: the training failed."""
+    """Returns the exit code; every failure that a user can mend is one sentence."""
     path = next((a for a in arguments if not a.startswith("--")), None)
     path = path or next((a.split("=", 1)[1] for a in arguments if a.startswith("--config_path=")), None)
-    if path is None or "--help" in arguments or "-h" in arguments:
+    if path is None or {"--help", "-h"} & set(arguments):
         print(__doc__, file=sys.stderr)
-        return 2 if path is None and not {"--help", "-h"} & set(arguments) else 0
+        return 0 if {"--help", "-h"} & set(arguments) else 2
     setup_logging()
     overrides = [a for a in arguments if a.startswith("--") and not a.startswith("--config_path=")]
     try:
-        trainer = Trainer(load_config(path, overrides))
-    except (ConfigError, OSError) as error:
+        config = load_config(path, overrides)
+        from sana.training.trainer import StoppedBySignal, Trainer  # takes seconds: a typo is told before
+
+        Trainer(config).train()
+    except (ConfigError, UnknownNameError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    trainer.train()
+    except (RuntimeError, OSError) as error:  # data, checkpoints, downloads, a full disk, a diverged run
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except StoppedBySignal as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     return 0
 
 

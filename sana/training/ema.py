@@ -1,11 +1,14 @@
 """Exponential moving average of a module's parameters, updated after the optimiser's step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
-    """Keeps `average = decay * average + (1 - decay) * parameter`, in fp32.
+    """Keeps `average = decay * average + (1 - decay) * parameter`, in fp32; under FSDP each process keeps its shards.
 
     Args:
         module: whose parameters are averaged.
@@ -29,6 +32,18 @@ class ExponentialMovingAverage:
         """Writes the average into a module with the same parameters."""
         for name, parameter in module.named_parameters():
             parameter.copy_(self.average[name])
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """The module has the averaged parameters inside, and its own again, bit for bit, afterwards."""
+        own: dict[str, Tensor] = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(own[name])
 
     def state_dict(self) -> dict:
         return {"average": self.average, "updates": self.updates}

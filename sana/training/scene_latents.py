@@ -4,15 +4,17 @@ Encoding a scene costs as much as training on it, so a small model on a CPU trai
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sana.data.scenes import Scene, draw_scene, scenes
+from sana.data.collate import Batch
+from sana.data.scenes import Scene, draw_scene, sample_scene
 from sana.models.autoencoder.base import Autoencoder
-from sana.training.train_state import load_train_state, save_train_state
+from sana.utils.dtype import parse_dtype
 
 ENCODE_BATCH = 8
 
@@ -23,50 +25,106 @@ def encode_scenes(autoencoder: Autoencoder, drawn: Sequence[Scene], *, dtype: to
     images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     device = next(autoencoder.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        raw = autoencoder.encoder(images.to(device))
+        raw = autoencoder.encoder(images.to(device).contiguous(memory_format=torch.channels_last))
     return (raw.float() - autoencoder.shift_factor) * autoencoder.scaling_factor
 
 
-class ScenePool:
-    """`size` captioned latents, drawn from the stream of `seed`.
+class SceneBatches:
+    """Batches from a pool of captioned latents, of which the oldest few are redrawn after each batch.
 
     Args:
         autoencoder: encodes the scenes; its parameters stay fixed.
-        size: entries of the pool.
-        seed: of the scene stream; give every process its own.
-        path: file that keeps the pool between runs.
+        batch_size: B.
+        pool_size: entries of the pool.
+        refresh: entries that are redrawn after a batch.
+        seed: of the run; every rank draws scenes of its own.
+        rank: of this process.
+        dtype: "bf16", "fp16" or "fp32": what the autoencoder computes in.
+        show_progress: of the first encoding of the whole pool.
     """
 
+    fingerprint = "DrawnScenes"
+    len_epoch = 100  # batches; there is no end of scenes, so this is a convention
+
     def __init__(
-        self, autoencoder: Autoencoder, size: int, seed: int, path: Path, *, show_progress: bool = False
+        self,
+        autoencoder: Autoencoder,
+        batch_size: int,
+        *,
+        pool_size: int,
+        refresh: int,
+        seed: int,
+        rank: int = 0,
+        dtype: str = "fp32",
+        show_progress: bool = False,
     ) -> None:
-        self.autoencoder, self.stream, self.next_slot = autoencoder, scenes(seed), 0
-        saved = load_train_state(path)
-        if saved is not None and len(saved["captions"]) == size:
-            self.latents, self.captions = saved["latents"], saved["captions"]
-            self.stream = scenes(seed + 2**20)  # what is drawn from now on is new
-            return
-        parts, self.captions = [], []
+        self.autoencoder, self.batch_size, self.refresh = autoencoder, batch_size, refresh
+        self.dtype, self.show_progress = parse_dtype(dtype), show_progress
+        self.pool_size, self.batches, self.drawn, self.next_slot = pool_size, 0, 0, 0
+        self.scene_seed = seed * 100_003 + rank
+        self.generator = torch.Generator().manual_seed(self.scene_seed)
+        self.latents: Tensor | None = None
+        self.captions: list[str] = []
+
+    def next_batch(self) -> Batch:
+        """B random entries of the pool: latents (B, C, 8, 8) fp32 and captions."""
+        if self.latents is None:
+            self._fill()
+        assert self.latents is not None
+        self.batches += 1
+        index = torch.randint(self.pool_size, (self.batch_size,), generator=self.generator).tolist()
+        batch = Batch(
+            keys=[f"scene in slot {i}" for i in index],
+            captions=[self.captions[i] for i in index],
+            latents=self.latents[index].float(),
+            weights=torch.ones(self.batch_size),
+            epoch=self.epoch,
+        )
+        for scene, latents in self._draw(self.refresh):
+            self.latents[self.next_slot], self.captions[self.next_slot] = latents, scene.caption
+            self.next_slot = (self.next_slot + 1) % self.pool_size
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, the latents included: an entry redrawn is never seen again, so it cannot be made anew."""
+        return {
+            "batches": self.batches, "drawn": self.drawn, "next_slot": self.next_slot,
+            "generator": self.generator.get_state(), "latents": self.latents, "captions": self.captions,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches, self.drawn, self.next_slot = state["batches"], state["drawn"], state["next_slot"]
+        self.generator.set_state(state["generator"])
+        self.latents, self.captions = state["latents"], list(state["captions"])
+        self.pool_size = len(self.captions) or self.pool_size
+
+    @property
+    def epoch(self) -> int:
+        """Of the batch handed out last, as for other data."""
+        return max(0, self.batches - 1) // self.len_epoch
+
+    @property
+    def batches_left(self) -> int:
+        return (self.epoch + 1) * self.len_epoch - self.batches
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def _fill(self) -> None:
+        parts = []
         for start in tqdm(
-            range(0, size, ENCODE_BATCH), desc="encoding scenes", disable=not show_progress, mininterval=5
+            range(0, self.pool_size, ENCODE_BATCH),
+            desc="encoding scenes",
+            disable=not self.show_progress,
+            mininterval=5,
         ):
-            drawn = [next(self.stream) for _ in range(min(ENCODE_BATCH, size - start))]
-            parts.append(encode_scenes(autoencoder, drawn).half().cpu())
-            self.captions += [scene.caption for scene in drawn]
+            drawn = self._draw(min(ENCODE_BATCH, self.pool_size - start))
+            parts.append(torch.stack([latents for _, latents in drawn]).half().cpu())
+            self.captions += [scene.caption for scene, _ in drawn]
         self.latents = torch.cat(parts)
-        save_train_state(path, {"latents": self.latents, "captions": self.captions})
 
-    def refresh(self, count: int) -> None:
-        """Replaces the `count` oldest entries by new scenes."""
-        if count == 0:
-            return
-        drawn = [next(self.stream) for _ in range(count)]
-        for scene, latents in zip(drawn, encode_scenes(self.autoencoder, drawn), strict=True):
-            self.latents[self.next_slot] = latents
-            self.captions[self.next_slot] = scene.caption
-            self.next_slot = (self.next_slot + 1) % len(self.captions)
-
-    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-        """`count` random entries: latents (count, C, 8, 8) fp32 and captions."""
-        index = torch.randint(len(self.captions), (count,), generator=generator).tolist()
-        return self.latents[index].float(), [self.captions[i] for i in index]
+    def _draw(self, count: int) -> list[tuple[Scene, Tensor]]:
+        """The next `count` scenes of this rank and their latents; scene n depends on the seed and n only."""
+        drawn = [sample_scene(np.random.default_rng((self.scene_seed, self.drawn + number))) for number in range(count)]
+        self.drawn += count
+        return list(zip(drawn, encode_scenes(self.autoencoder, drawn, dtype=self.dtype), strict=True)) if drawn else []

@@ -1,225 +1,206 @@
-"""The flow-matching trainer, in a first and simple form: drawn scenes, optional joint training of the text encoder.
+"""The trainer: one step of flow matching, and the loop around it. What a run is made of is put together in build.py.
 
-The full data pipeline, mixed optimisers, exact resume of data order and scale-out are not here yet. Networks come from
-`sana.models`, the noise process from `sana.diffusion`.
+Storage is in checkpoints.py and run_state.py, parallelism in parallel.py, what people see in tracker.py,
+train_log.py and validation.py.
 """
 
-import copy
-from dataclasses import dataclass, fields
+import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from sana.config import ConfigError, SanaConfig, config_to_dict
-from sana.diffusion.flow import add_noise, velocity_target
-from sana.models import build_autoencoder, build_text_encoder, build_transformer
-from sana.models.metadata import CheckpointMetadata, save_checkpoint
-from sana.models.weights import load_weights
-from sana.training.captions import CaptionEncoder
+from sana.config import ConfigError, SanaConfig
+from sana.config_extra import train_extra
+from sana.data.collate import Batch
+from sana.data.sample import DataError
+from sana.models.layers.finite import first_nonfinite_layer
+from sana.training import run_state
+from sana.training.build import build_data, build_networks, build_objective, check_trainable, noise_options
+from sana.training.checkpoints import Checkpoints, check_writable
 from sana.training.ema import ExponentialMovingAverage
-from sana.training.muon import Muon, split_parameters
-from sana.training.scene_latents import ScenePool
-from sana.training.schedule import Progress, lr_factor
-from sana.training.train_state import load_train_state, save_train_state
+from sana.training.lr_scheduler import build_lr_scheduler
+from sana.training.nonfinite import Evidence, NonFiniteGuard
+from sana.training.objective import draw
+from sana.training.optimizer import auto_scale_lr, build_optimizer, fsdp_refusal
+from sana.training.parallel import Parallel
+from sana.training.report import Report
+from sana.training.signals import SignalWatch, StoppedBySignal
+from sana.training.text import embed_captions
 from sana.utils.logging import get_logger
+from sana.utils.seed import seed_everything
 
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class JointTraining:
-    """What `train.extra` of the YAML may hold.
-
-    Attributes:
-        steps: optimiser steps of the whole run.
-        pool_size: cached latents per process.
-        refresh: entries of the pool that are redrawn per step and process.
-        null_caption_probability: part of the captions replaced by the null caption (for guidance).
-        muon_lr: peak learning rate of the matrices.
-        adamw_lr: peak learning rate of everything else.
-        train_text_encoder: whether the text encoder learns too.
-        ema_decay: decay of the average that is exported.
-    """
-
-    steps: int = 4000
-    pool_size: int = 8000
-    refresh: int = 3
-    null_caption_probability: float = 0.1
-    muon_lr: float = 1.0e-3
-    adamw_lr: float = 1.0e-3
-    train_text_encoder: bool = True
-    ema_decay: float = 0.998
-
-
-class FlowLoss(nn.Module):
-    """(latents, captions, noise, sigma) -> mean squared error of the velocity. Holds both trained networks for DDP."""
-
-    def __init__(self, transformer: nn.Module, captions: CaptionEncoder) -> None:
-        super().__init__()
-        self.transformer, self.captions = transformer, captions
-
-    def forward(self, latents: Tensor, captions: list[str], dropped: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """latents, noise (B, C, H, W); dropped (B,) bool; sigma (B,) in (0, 1). Returns the loss of each image (B,)."""
-        embeds, mask = self.captions(captions, dropped)
-        noisy = add_noise(latents, noise, sigma)
-        velocity = self.transformer(noisy, sigma * 1000, embeds[:, None], mask=mask)
-        return (velocity.float() - velocity_target(latents, noise)).square().flatten(1).mean(1)
-
-
 class Trainer:
-    """Builds everything a configuration names and runs it; `train()` resumes from `work_dir/state.pt` by itself.
+    """Trains what a configuration describes; a run whose work_dir holds checkpoints goes on from the newest one.
 
     Args:
-        config: a validated configuration with `data.type: DrawnScenes`.
+        config: a validated configuration.
 
     Raises:
-        ConfigError: the configuration asks for what this trainer does not do.
+        ConfigError: the configuration asks for what cannot be done.
+        DataError: there is no usable data, or processes disagree about it.
+        CheckpointError, FetchError: weights do not fit or cannot be had.
     """
 
     def __init__(self, config: SanaConfig) -> None:
-        if config.data.type != "DrawnScenes":
-            raise ConfigError(f"data.type is {config.data.type!r}; this trainer reads DrawnScenes only so far.")
-        self.config, self.options = config, _options(config.train.extra or {})
-        self.accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
-        torch.manual_seed(config.train.seed)
+        self.config, self.extra = config, train_extra(config.train.extra)
+        check_trainable(config, self.extra)
         self.work_dir = Path(config.work_dir)
-        self.transformer = build_transformer(config).train()
-        if config.model.load_from:
-            load_weights(self.transformer, config.model.load_from)
-        text = build_text_encoder(config, dtype=torch.float32)
-        text.model.requires_grad_(self.options.train_text_encoder)
-        encoder = CaptionEncoder(
-            text.tokenizer, text.model, config.text_encoder.chi_prompt, config.text_encoder.model_max_length
-        )
-        self.module = FlowLoss(self.transformer, encoder)
-        self.ema = ExponentialMovingAverage(self.module, self.options.ema_decay)
-        matrices, rest = split_parameters(
-            self.module, exclude=("embed_tokens", "final_layer", "x_embedder", "t_block", "t_embedder")
-        )
-        self.optimizers = [
-            Muon([p for p in matrices if p.requires_grad], self.options.muon_lr, weight_decay=0.01),
-            torch.optim.AdamW(
-                [p for p in rest if p.requires_grad], self.options.adamw_lr, (0.9, 0.98), weight_decay=0.0
-            ),
-        ]
-        self.peak_lrs = (self.options.muon_lr, self.options.adamw_lr)
-        self.progress = Progress(self.options.steps, config.train.early_stop_hours * 60)
-        self._resume()
-        self.ddp = self.accelerator.prepare(self.module)
-        rank = self.accelerator.process_index
-        self.generator = torch.Generator().manual_seed(config.train.seed + 1000 * rank + self.progress.step * 7919)
-        autoencoder = build_autoencoder(config, dtype=torch.float32).to(self.accelerator.device).requires_grad_(False)
-        self.pool = ScenePool(
-            autoencoder, self.options.pool_size, config.train.seed + 1 + rank + 1000 * self.progress.step,
-            self.work_dir / f"scenes_{rank}.pt", show_progress=self.accelerator.is_main_process,
+        check_writable(self.work_dir)
+        self.parallel = Parallel(config.model.mixed_precision, use_fsdp=config.train.use_fsdp)
+        seed_everything(config.train.seed)  # every process starts from the same weights
+        self.networks = build_networks(config, self.extra)
+        self.objective = build_objective(config, self.extra, self.networks)
+        self.wrapped = self.parallel.prepare(self.objective, self.networks.transformer.blocks)
+        for network in (self.networks.autoencoder, self.networks.text_encoder):
+            if isinstance(network, torch.nn.Module):
+                network.to(self.parallel.device)
+        self.noise = noise_options(config, self.extra)
+        self.data = build_data(config, self.extra, self.parallel, self.networks.autoencoder)
+        self._check_agreement()
+        self._build_optimizer()
+        self.ema = ExponentialMovingAverage(self.objective, config.train.ema_rate) if config.train.ema_update else None
+        self.guard = NonFiniteGuard(self.extra.nonfinite_budget, self.work_dir / "nonfinite")
+        self.checkpoints = Checkpoints(
+            self.work_dir / "checkpoints", rank=self.parallel.rank, world_size=self.parallel.world_size,
+            keep_last=self.extra.keep_last, keep_every=self.extra.keep_every, asynchronous=self.extra.async_save,
         )  # fmt: skip
+        self.step = self.samples = 0  # optimiser steps done; images seen by all processes
+        self.report = Report(self)
+        run_state.resume(self)
 
     def train(self) -> None:
-        """Runs to the end of the schedule and exports the averaged weights."""
-        total, losses = self.options.steps, []
-        bar = tqdm(
-            total=total, initial=self.progress.step, disable=not self.accelerator.is_main_process, mininterval=10
+        """Runs to the end, or until a signal or `train.early_stop_hours`; either way the state is saved.
+
+        Raises:
+            StoppedBySignal: SIGTERM or SIGINT came; the checkpoint is written.
+            TrainingDivergedError: too many steps with a loss or gradient that is not finite.
+        """
+        train, started, epochs = self.config.train, time.monotonic(), self.epochs
+        with SignalWatch() as signals, self.report:
+            while self.step < self.total_steps:
+                self.train_step([self.data.next_batch() for _ in range(train.gradient_accumulation_steps)])
+                hours = (time.monotonic() - started) / 3600
+                late, stop = self.parallel.sum(hours > train.early_stop_hours, signals.received)
+                ended, epochs = self.epochs != epochs, self.epochs
+                due = self.step % train.save_model_steps == 0 or (ended and epochs % train.save_model_epochs == 0)
+                if due or late or stop or self.step == self.total_steps:
+                    run_state.save(self)
+                if train.visualize and self.step % train.eval_sampling_steps == 0:
+                    self.report.validate()
+                if late or stop:
+                    break
+            self.checkpoints.wait()
+            if signals.received:
+                raise StoppedBySignal(signals.received)
+        if self.step >= self.total_steps:
+            run_state.export(self, self.work_dir / "model")
+
+    def train_step(self, batches: list[Batch]) -> None:
+        """One optimiser step over the micro-batches of every process: the gradient of their common mean loss.
+
+        Args:
+            batches: this process's micro-batches, each of B images.
+        """
+        weight = sum(float(batch.weights.sum()) for batch in batches)
+        (total,) = self.parallel.sum(weight)
+        mine, size = 0.0, len(batches[0].keys)
+        for number, batch in enumerate(batches):
+            first = self.samples + (number * self.parallel.world_size + self.parallel.rank) * size
+            with self.parallel.accumulate(last=number + 1 == len(batches)):
+                losses = self.losses(batch.to(self.parallel.device), first)
+                share = (losses * batch.weights.to(losses)).sum()
+                self.parallel.backward(share * (self.parallel.world_size / max(total, 1.0)))  # processes are averaged
+            mine += share.detach().item()
+        grad_norm = self.parallel.clip_gradients(self.config.train.gradient_clip).item()
+        loss = self.parallel.sum(mine)[0] / max(total, 1.0)
+        scaled = self.parallel.mixed_precision == "fp16"  # then an infinite gradient is the loss scaler's business
+        norm = 0.0 if scaled else grad_norm
+        if not self.guard.check(self.step, loss, norm, lambda: self._evidence(batches, mine)) and total:
+            self.optimizer.step()
+            self.scheduler.step()
+            if self.ema is not None:
+                self.ema.update(self.objective)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.samples += len(batches) * size * self.parallel.world_size
+        self.report.step(loss, grad_norm, images=len(batches) * size * self.parallel.world_size)
+
+    def losses(self, batch: Batch, first: int) -> Tensor:
+        """Loss of every image (B,): encode images, encode prompts, draw noise and timesteps, predict.
+
+        Args:
+            batch: on the device.
+            first: how many images the run has seen before this batch's first.
+        """
+        with self.parallel.autocast():
+            latents = self.encode_images(batch)
+            embeds, mask = self.encode_prompts(batch)
+            draws = draw(range(first, first + len(latents)), latents.shape[1:], self.noise).to(latents.device)
+            return self.wrapped(latents, draws, embeds, mask, batch.captions)
+
+    @torch.no_grad()
+    def encode_images(self, batch: Batch) -> Tensor:
+        """Scaled latents (B, C, h, w) fp32: cached ones, or those of the autoencoder."""
+        if batch.latents is not None:
+            return batch.latents.float()
+        assert self.networks.autoencoder is not None and batch.images is not None
+        return self.networks.autoencoder.encode(batch.images).float()
+
+    def encode_prompts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Text features (B, L, C) and mask (B, L); none where the text encoder is trained: it gets the captions."""
+        if self.extra.train_text_encoder:
+            return None, None
+        if batch.prompt_embeds is not None:
+            return batch.prompt_embeds, batch.prompt_mask
+        return embed_captions(self.networks.text_encoder, batch.captions)
+
+    def _evidence(self, batches: list[Batch], loss: float) -> Evidence:
+        """What a bundle about a step that is not finite is made of: the last micro-batch, and a search through it."""
+        batch = batches[-1].to(self.parallel.device)
+        latents = self.encode_images(batch)
+        embeds, mask = self.encode_prompts(batch)
+        first = self.samples + ((len(batches) - 1) * self.parallel.world_size + self.parallel.rank) * len(latents)
+        draws = draw(range(first, first + len(latents)), latents.shape[1:], self.noise).to(latents.device)
+        tensors = {"latents": latents, "noise": draws.noise, "index": draws.index}
+        return Evidence(
+            keys=[key for each in batches for key in each.keys],
+            captions=[caption for each in batches for caption in each.captions],
+            tensors=tensors if embeds is None else {**tensors, "prompt_embeds": embeds},
+            find_layer=lambda: first_nonfinite_layer(self.objective, latents, draws, embeds, mask, batch.captions),
+            parameters=self.objective.named_parameters(),
+            local_loss=loss,
         )
-        while (fraction := self._shared_fraction()) < 1:
-            losses.append(self.train_step(fraction).item())
-            bar.update()
-            if self.progress.step % self.config.train.log_interval == 0:
-                bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f} at {fraction:.3f}")
-                losses.clear()
-            if self.progress.step % self.config.train.save_model_steps == 0:
-                self.save()
-        self.save()
 
-    def train_step(self, fraction: float) -> Tensor:
-        """One optimiser step at a point of the schedule; returns the mean loss of this process (0-d, detached)."""
-        device, options = self.accelerator.device, self.options
-        latents, captions = self.pool.sample(self.config.train.train_batch_size, self.generator)
-        latents = latents.to(device)
-        dropped = torch.rand(len(captions), generator=self.generator) < options.null_caption_probability
-        noise = torch.randn(latents.shape, generator=self.generator).to(device)
-        sigma = self._draw_sigma(len(captions)).to(device)
-        with self.accelerator.autocast():
-            loss = self.ddp(latents, captions, dropped, noise, sigma).mean()
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.train.gradient_clip)
-        for optimizer, peak in zip(self.optimizers, self.peak_lrs, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * lr_factor(self.progress.step, fraction)
-            optimizer.step()
-            optimizer.zero_grad()
-        self.ema.update(self.module)
-        self.progress.step += 1
-        self.pool.refresh(options.refresh)
-        return loss.detach()
+    @property
+    def epochs(self) -> int:
+        """Epochs that are complete."""
+        return self.data.epoch + (self.data.batches_left == 0)
 
-    def save(self) -> None:
-        """Writes the training state and the exported weights (main process only)."""
-        if not self.accelerator.is_main_process:
-            return
-        state = {
-            "module": self.module.state_dict(), "ema": self.ema.state_dict(), "step": self.progress.step,
-            "seconds": self.progress.seconds, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }  # fmt: skip
-        save_train_state(self.work_dir / "state.pt", state)
-        current = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        self.ema.copy_to(self.module)
-        self.export(self.work_dir / "model")
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                parameter.copy_(current[name])
-
-    def export(self, folder: Path) -> None:
-        """Writes `model.safetensors` with metadata and `text_encoder/` in bfloat16; `vae/` is copied by the caller."""
-        folder.mkdir(parents=True, exist_ok=True)
-        config = config_to_dict(self.config)
-        config["vae"]["vae_pretrained"] = "vae"  # beside the file
-        config["text_encoder"]["text_encoder_name"] = "text_encoder"
-        metadata = CheckpointMetadata(
-            arch={"class": type(self.transformer).__name__, "kwargs": self.transformer.init_kwargs},
-            precision=self.config.model.mixed_precision,
-            flow_shift=self.config.scheduler.flow_shift,
-            chi_prompt=list(self.config.text_encoder.chi_prompt),
-            license="Apache-2.0",
-            config=config,
+    def _build_optimizer(self) -> None:
+        train, accumulation = self.config.train, self.config.train.gradient_accumulation_steps
+        self.total_steps = self.extra.max_steps or max(train.num_epochs * self.data.len_epoch // accumulation, 1)
+        effective = train.train_batch_size * accumulation * self.parallel.world_size
+        ratio, options = auto_scale_lr(effective, train.optimizer, **(train.auto_lr or {"base_batch_size": effective}))
+        if train.use_fsdp and (refusal := fsdp_refusal(options["type"])):
+            raise ConfigError(refusal)
+        self.optimizer = self.parallel.prepare_optimizer(
+            build_optimizer(self.objective.named_parameters(), options, name_scales=train.lr_scale)
         )
-        save_checkpoint(folder / "model.safetensors", self.transformer, metadata, dtype=torch.bfloat16)
-        text = self.module.captions
-        stored = copy.deepcopy(text.model).to(torch.bfloat16)  # casting the live model would cut DDP's gradient hooks
-        stored.save_pretrained(folder / "text_encoder")
-        text.tokenizer.save_pretrained(folder / "text_encoder")
+        self.scheduler = build_lr_scheduler(
+            self.optimizer, train.lr_schedule, train.lr_schedule_args, total_steps=self.total_steps,
+            lr_scale_ratio=ratio,
+        )  # fmt: skip
 
-    def _draw_sigma(self, count: int) -> Tensor:
-        """Logit-normal, then shifted (Esser et al. 2024, section 3.1 and equation 23)."""
-        scheduler = self.config.scheduler
-        normal = torch.randn(count, generator=self.generator) * scheduler.logit_std + scheduler.logit_mean
-        uniform, shift = torch.sigmoid(normal), scheduler.flow_shift
-        return shift * uniform / (1 + (shift - 1) * uniform)
-
-    def _shared_fraction(self) -> float:
-        values = [self.progress.fraction]
-        broadcast_object_list(values)
-        return values[0]
-
-    def _resume(self) -> None:
-        state = load_train_state(self.work_dir / "state.pt")
-        if state is None:
-            return
-        self.module.load_state_dict(state["module"])
-        self.ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        limit = self.config.train.early_stop_hours * 60
-        self.progress = Progress(self.options.steps, limit, step=state["step"], seconds=state["seconds"])
-        logger.info("resumed %s at step %d", self.work_dir, state["step"])
-
-
-def _options(extra: dict[str, Any]) -> JointTraining:
-    known = {field.name for field in fields(JointTraining)}
-    if unknown := sorted(set(extra) - known):
-        raise ConfigError(f"train.extra has no key {unknown[0]!r}; it knows {', '.join(sorted(known))}.")
-    return JointTraining(**extra)
+    def _check_agreement(self) -> None:
+        """Raises DataError unless all processes see the same data."""
+        seen = self.parallel.gather(self.data.fingerprint)
+        if len(set(seen)) > 1:
+            other = next(rank for rank, value in enumerate(seen) if value != seen[0])
+            raise DataError(
+                f"process {other} sees other data than process 0 in {self.config.data.data_dir}: give every machine "
+                "the same files."
+            )

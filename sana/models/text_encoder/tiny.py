@@ -6,6 +6,7 @@ Official Sana uses a released Gemma-2 and never trains it; this one is trained j
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -64,3 +65,21 @@ def create_text_encoder(folder: Path, captions: Iterable[str], *, vocab_size: in
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+def random_gemma2(hidden_size: int, **config) -> tuple[Any, PreTrainedTokenizerFast]:
+    """A randomly initialised Gemma-2 with the layers of the 2B model, and a small tokenizer: for tests of speed.
+
+    Args:
+        hidden_size: width of the embeddings.
+        **config: other fields of `Gemma2Config`.
+    """
+    from transformers import Gemma2Config, Gemma2Model
+
+    tokenizer = train_tokenizer(["a picture of a cat", "two dogs on a red background"], 300)
+    shape = {
+        "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "intermediate_size": 4 * hidden_size, "vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1,
+        "bos_token_id": 2,
+    }  # fmt: skip
+    return Gemma2Model(Gemma2Config(**{**shape, "hidden_size": hidden_size, **config})), tokenizer

@@ -1,0 +1,142 @@
+"""From a checked configuration to what a training run is made of: networks and data. Nothing is trained here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sana.config import ConfigError, SanaConfig
+from sana.config_extra import TrainExtra, data_extra
+from sana.data import DATASETS
+from sana.data.loader import TrainingLoader
+from sana.models import build_autoencoder, build_text_encoder, build_transformer
+from sana.models.autoencoder.base import Autoencoder
+from sana.models.text_encoder import PrecomputedTextEncoder, TextEncoder
+from sana.models.weights import load_weights
+from sana.training.captions import CaptionEncoder
+from sana.training.objective import FlowObjective, NoiseOptions
+from sana.training.parallel import Parallel
+from sana.training.random_encoders import random_autoencoder, random_text_encoder
+from sana.training.scene_latents import SceneBatches
+
+TRAINED_FAMILIES = ("SanaMS_", "SanaMS1.5_", "Sana_")  # Sprint's distillation and the ControlNet need other losses
+
+
+@dataclass
+class Networks:
+    """The networks of a run; those that cached features replace are None.
+
+    Attributes:
+        transformer: trained.
+        autoencoder: frozen.
+        text_encoder: frozen, or trained with the transformer (`train.extra.train_text_encoder`).
+    """
+
+    transformer: nn.Module
+    autoencoder: Autoencoder | None
+    text_encoder: TextEncoder | PrecomputedTextEncoder | None
+
+
+def check_trainable(config: SanaConfig, extra: TrainExtra) -> None:
+    """Refuses what this trainer does not train, before anything is loaded.
+
+    Raises:
+        ConfigError: names the key and what is allowed.
+    """
+    if not config.model.model.startswith(TRAINED_FAMILIES):
+        raise ConfigError(f"model.model is {config.model.model!r}; train.py trains Sana and SanaMS models.")
+    if not config.scheduler.predict_flow_v or config.scheduler.pred_sigma:
+        raise ConfigError("scheduler.predict_flow_v must be true and pred_sigma false: train.py trains flow matching.")
+    if extra.random_encoders and (config.model.load_from or config.load_from):
+        raise ConfigError("train.extra.random_encoders is a test without real data; it cannot go with model.load_from.")
+    if extra.train_text_encoder and config.data.load_text_feat:
+        raise ConfigError("train.extra.train_text_encoder needs captions, but data.load_text_feat gives cached ones.")
+
+
+def build_networks(config: SanaConfig, extra: TrainExtra) -> Networks:
+    """Builds the networks on the CPU; the transformer starts from `model.load_from` where that is given.
+
+    Raises:
+        ConfigError, CheckpointError, FetchError: one sentence about what does not fit or could not be had.
+    """
+    transformer = build_transformer(config).train()
+    if source := config.model.load_from or config.load_from:
+        load_weights(transformer, source)
+    dtype = torch.float32 if extra.train_text_encoder or not torch.cuda.is_available() else torch.bfloat16
+    need_autoencoder = not config.data.load_vae_feat or config.train.visualize
+    need_text = not config.data.load_text_feat or config.train.visualize
+    if extra.random_encoders:
+        autoencoder: Any = random_autoencoder(config)
+        text: Any = random_text_encoder(config, dtype=dtype)
+    else:
+        autoencoder = build_autoencoder(config) if need_autoencoder else None
+        text = build_text_encoder(config, dtype=dtype) if need_text else None
+    if extra.train_text_encoder and not isinstance(text, TextEncoder):
+        raise ConfigError("train.extra.train_text_encoder needs a text encoder, not a file of embeddings.")
+    for network in (autoencoder, text):
+        if isinstance(network, nn.Module):
+            network.requires_grad_(False).eval()
+    return Networks(transformer, autoencoder, text)
+
+
+def build_objective(config: SanaConfig, extra: TrainExtra, networks: Networks) -> FlowObjective:
+    """Returns the module that is trained."""
+    captions, text = None, networks.text_encoder
+    if extra.train_text_encoder:
+        assert isinstance(text, TextEncoder)
+        text.model.requires_grad_(True).train()
+        captions = CaptionEncoder(text.tokenizer, text.model, text.chi_prompt, text.model_max_length)
+    return FlowObjective(
+        networks.transformer, flow_shift=config.scheduler.flow_shift, captions=captions, compile=extra.compile
+    )  # fmt: skip
+
+
+def noise_options(config: SanaConfig, extra: TrainExtra) -> NoiseOptions:
+    """Returns how noise levels and dropped captions are drawn."""
+    scheduler, joint = config.scheduler, extra.train_text_encoder
+    return NoiseOptions(
+        seed=config.train.seed,
+        scheme=scheduler.weighting_scheme or "uniform",
+        logit_mean=scheduler.logit_mean,
+        logit_std=scheduler.logit_std,
+        drop_probability=extra.null_caption_probability if joint else config.model.class_dropout_prob,
+    )
+
+
+def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, autoencoder: Autoencoder | None) -> Any:
+    """Returns what gives batches: `next_batch()`, `state_dict()`, `load_state_dict()`, `fingerprint`, `len_epoch`.
+
+    Raises:
+        ConfigError: an option that is not allowed.
+        DataError: there is no usable data; names the folder.
+    """
+    data, train, options = config.data, config.train, data_extra(config.data.extra)
+    if data.type == "DrawnScenes":
+        assert autoencoder is not None
+        return SceneBatches(
+            autoencoder, train.train_batch_size, pool_size=extra.pool_size, refresh=extra.refresh,
+            seed=train.seed, rank=parallel.rank, dtype=parallel.mixed_precision, show_progress=parallel.is_main,
+        )  # fmt: skip
+    dataset = DATASETS[data.type](
+        data_dir=[folder for folder in data.data_dir if folder],
+        image_size=config.model.image_size,
+        aspect_ratio_type=config.model.aspect_ratio_type,
+        multi_scale=config.model.multi_scale,
+        transform=data.transform,
+        external_caption_suffixes=data.external_caption_suffixes,
+        external_clipscore_suffixes=data.external_clipscore_suffixes,
+        clip_thr=data.clip_thr,
+        clip_thr_temperature=data.clip_thr_temperature,
+        sort_dataset=data.sort_dataset,
+        caption_lines=options.caption_lines,
+        max_pixels=options.max_pixels,
+        load_vae_feat=data.load_vae_feat,
+        load_text_feat=data.load_text_feat,
+        feature_dir=options.feature_dir,
+    )
+    return TrainingLoader(
+        dataset, train.train_batch_size, seed=train.seed, remainder=options.remainder, order=options.order,
+        rank=parallel.rank, world_size=parallel.world_size, num_workers=train.num_workers,
+        broken_budget=options.broken_budget, pin_memory=parallel.device.type == "cuda",
+    )  # fmt: skip

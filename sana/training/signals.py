@@ -1,0 +1,40 @@
+"""Stopping a run politely: SIGTERM and SIGINT are noted, and the training loop stops after the current step."""
+
+import signal
+from types import FrameType
+from typing import Self
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+class StoppedBySignal(Exception):  # noqa: N818  no error: the run was asked to stop, and its state is saved
+    """Raised by the trainer after the checkpoint is written.
+
+    Attributes:
+        exit_code: 143 for SIGTERM, 130 for SIGINT, as shells have it.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from here")
+        self.exit_code = 128 + signum
+
+
+class SignalWatch:
+    """Notes the first signal; a second one of the same kind acts as ever (a second Ctrl-C interrupts at once)."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        for signum in HANDLED:
+            self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+        signal.signal(signum, self._previous[signum])
