@@ -133,7 +133,7 @@ def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, autoen
         max_pixels=options.max_pixels,
         load_vae_feat=data.load_vae_feat,
         load_text_feat=data.load_text_feat,
-        feature_dir=options.feature_dir,
+        feature_dir=options.feature_dir if data.load_vae_feat or data.load_text_feat else None,
     )
     return TrainingLoader(
         dataset, train.train_batch_size, seed=train.seed, remainder=options.remainder, order=options.order,
