@@ -75,6 +75,9 @@ class AspectRatioBatchSampler:
         ValueError: an argument that is not allowed.
     """
 
+    _position: Position
+    _planned: tuple[np.ndarray, EpochPlan] | None  # made when first asked for
+
     def __init__(
         self,
         buckets: Sequence[str | None],
@@ -93,7 +96,7 @@ class AspectRatioBatchSampler:
         self.remainder, self.order, self.drop_last = remainder, order, drop_last
         self.codes, digest = encode_buckets(buckets)
         self.fingerprint = hashlib.sha256(f"{fingerprint}\n{digest}".encode()).hexdigest()
-        self._usable = np.flatnonzero(self.codes >= 0).astype(index_type(len(self.codes)))
+        self._usable: np.ndarray = np.flatnonzero(self.codes >= 0).astype(index_type(len(self.codes)))
         self._counts = np.bincount(self.codes[self._usable]) if len(self._usable) else np.zeros(0, np.int64)
         self.go_to(Position(0, self._usable[:0], ((batch_size, world_size, 0),)))
         self._refuse_emptiness()
@@ -174,7 +177,7 @@ class AspectRatioBatchSampler:
     def go_to(self, position: Position) -> None:
         """Goes on behind an earlier `position` of this sampler."""
         self._position = position
-        self._planned: tuple[np.ndarray, EpochPlan] | None = None  # made when first asked for
+        self._planned = None
 
     def state_dict(self, position: Position | None = None) -> dict[str, Any]:
         """Returns the position as ints, strings and lists, the same on every rank between two rounds.
@@ -214,10 +217,10 @@ class AspectRatioBatchSampler:
 
     def _decode(self, state: dict[str, Any]) -> Position:
         try:
-            cuts = [tuple(int(value) for value in cut) for cut in state["cuts"]]
+            cuts = [(int(size), int(world), int(count)) for size, world, count in state["cuts"]]
             carried = np.array(state["carried"], self._usable.dtype)
             epoch = int(state["epoch"])
-            sound = bool(cuts) and all(len(cut) == 3 and min(cut[0], cut[1], cut[2] + 1) > 0 for cut in cuts)
+            sound = bool(cuts) and all(min(cut[0], cut[1], cut[2] + 1) > 0 for cut in cuts)
             sound = sound and epoch >= 0 and bool(((carried >= 0) & (carried < len(self.codes))).all())
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"The saved data position is damaged: {error!r}. Use an older checkpoint.") from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +41,14 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Returns the batch with its tensors on a device; from pinned memory without waiting for the copy."""
         waits = torch.device(device).type != "cuda"
-        return replace(self, **{name: value.to(device, non_blocking=not waits) for name, value in self._tensors()})
+        return self._with({name: value.to(device, non_blocking=not waits) for name, value in self._tensors()})
 
     def pin_memory(self) -> "Batch":
         """Returns the batch in page-locked memory (called by torch's DataLoader)."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors()})
+        return self._with({name: value.pin_memory() for name, value in self._tensors()})
+
+    def _with(self, tensors: dict[str, Any]) -> "Batch":
+        return replace(self, **tensors)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         named = [(field.name, getattr(self, field.name)) for field in fields(self)]

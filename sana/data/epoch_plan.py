@@ -22,7 +22,7 @@ def encode_buckets(buckets: Sequence[str | None]) -> tuple[np.ndarray, str]:
         except ValueError:
             return 1, 0.0, name
 
-    names = sorted(set(buckets) - {None}, key=by_ratio)
+    names = sorted({name for name in buckets if name is not None}, key=by_ratio)
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)} | {None: -1}
     kind = np.int16 if len(names) < 2**15 else np.int32  # 16 bits sort much faster
     codes = np.fromiter(map(numbers.__getitem__, buckets), kind, len(buckets))

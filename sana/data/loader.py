@@ -215,8 +215,8 @@ class TrainingLoader:
             DataError: the state is damaged, or belongs to other data or to another order.
         """
         try:
-            sampler, broken = state["sampler"], set(state["broken"])
-        except (KeyError, TypeError) as error:
+            sampler, broken = dict(state["sampler"]), set(state["broken"])
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"The saved data position is damaged: {error!r}. Use an older checkpoint.") from error
         self.close()
         self._sampler.load_state_dict(sampler)
@@ -259,9 +259,9 @@ class _Reading:
         self._ahead: deque[tuple[Position, int]] = deque()
         self._in_processes = bool(options["num_workers"])
         self._closing = multiprocessing.RawValue("b", 0)
-        loader = DataLoader(
+        loader: DataLoader[Answer] = DataLoader(
             reader,  # type: ignore[arg-type]
-            sampler=_requests(sampler, self._ahead),  # type: ignore[arg-type]
+            sampler=_requests(sampler, self._ahead),
             batch_size=None,
             collate_fn=_unchanged,
             worker_init_fn=partial(_prepare_worker, self._closing),
@@ -279,7 +279,7 @@ class _Reading:
             if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
                 died = str(error)
             elif self._in_processes:  # its message has the worker's traceback; that of here would keep them alive
-                raise error.with_traceback(None)
+                raise error.with_traceback(None) from None
             else:
                 raise
         if died:
@@ -299,7 +299,7 @@ def _requests(sampler: AspectRatioBatchSampler, ahead: deque[tuple[Position, int
         yield sampler.epoch, indices
 
 
-def _unchanged(answer: Answer) -> Answer:
+def _unchanged(answer: Any) -> Any:
     return answer
 
 

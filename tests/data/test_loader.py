@@ -95,12 +95,8 @@ def test_any_number_of_workers_gives_the_same_batches(make) -> None:
     alone = take(make(**options), 16)
     assert take(make(num_workers=1, prefetch=1, **options), 16) == alone
     assert take(make(num_workers=2, prefetch=3, **options), 16) == alone
-    drawn = {
-        (key, caption, epoch)
-        for keys, captions, _, _, epoch in alone
-        for key, caption in zip(keys, captions, strict=True)
-    }
-    assert alone[-1][-1] >= 3 and len({caption for _, caption, _ in drawn}) == len(drawn)  # every epoch draws anew
+    draws = {(each[-1], *pair) for each in alone for pair in zip(each[0], each[1], strict=True)}
+    assert alone[-1][-1] >= 3 and len({caption for *_, caption in draws}) == len(draws)  # every epoch draws anew
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone() -> None:
@@ -273,7 +269,17 @@ def test_signals_to_the_process_group_leave_the_readers_alone(make) -> None:
     assert worker_pids(loader) == pids
 
 
-@pytest.mark.parametrize("state", [{}, {"sampler": {}, "broken": []}, {"sampler": {}}, None])
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pinned_batches_reach_the_device(make, workers) -> None:
+    batch = make(num_workers=workers, pin_memory=True).next_batch()
+    assert batch.images.is_pinned() and batch.weights.is_pinned()
+    assert torch.equal(batch.to("cuda").images.cpu(), batch.images)
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"sampler": {}, "broken": []}, {"sampler": {}}, {"sampler": 3, "broken": []}, None]
+)
 def test_a_damaged_state_is_refused(make, state) -> None:
     with pytest.raises(DataError, match="damaged|does not fit"):
         make().load_state_dict(state)
