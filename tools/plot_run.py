@@ -88,7 +88,7 @@ def skipped_steps(records: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Returns the running mean around every value, which does not lag; the window shrinks evenly towards both ends.
+    """Returns the running mean around every value, which does not lag; at both ends half of the window is left.
 
     Args:
         values: readings.
@@ -97,8 +97,7 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
     sums = [0.0, *itertools.accumulate(values)]
     means = []
     for index in range(len(values)):
-        reach = min(span // 2, index, len(values) - 1 - index)
-        low, high = index - reach, index + reach + 1
+        low, high = max(0, index - span // 2), min(len(values), index + span // 2 + 1)
         means.append((sums[high] - sums[low]) / (high - low))
     return means
 
@@ -155,6 +154,8 @@ def _panel(axes: Any, runs: Sequence[Run], key: str, span: int | None, *, log: b
         axes.text(0.5, 0.5, "not in the log", transform=axes.transAxes, ha="center", color=INK)
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_plain_ticks())
+        axes.yaxis.set_minor_formatter(_plain_ticks())
     elif key in ("grad_norm", "images_per_second"):
         axes.set_ylim(bottom=0)
     if key == "lr":
@@ -162,8 +163,19 @@ def _panel(axes: Any, runs: Sequence[Run], key: str, span: int | None, *, log: b
     axes.set_xlabel("step", color=INK)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9)
+    axes.tick_params(which="both", colors=INK, labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plain_ticks() -> Any:
+    """Returns what labels the same ticks of a logarithmic axis as usual, with 0.6 instead of 6 x 10^-1."""
+    from matplotlib.ticker import LogFormatter
+
+    class PlainLogFormatter(LogFormatter):
+        def __call__(self, x: float, pos: Any = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return PlainLogFormatter()
 
 
 def _legend(runs: Sequence[Run]) -> tuple[list[Any], list[str]]:
