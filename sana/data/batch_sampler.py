@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from sana.config_extra import ORDERS, REMAINDERS
 from sana.data.epoch_plan import EpochPlan, encode_buckets, index_type, permutation
 from sana.data.sample import DataError
-
-REMAINDERS = ("pad", "drop", "carry")
-ORDERS = ("shuffled", "sequential", "official")
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,11 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import pytest
+
 from sana.data.aspect_ratio import ASPECT_RATIOS, closest_ratio
 from sana.data.batch_sampler import AspectRatioBatchSampler
+from sana.data.sample import DataError
 from tests.parity.common import Case
 
 
@@ -20,7 +23,12 @@ def run_aspect_ratio_batch_sampler(case: Case) -> None:
             None if size is None or (run["hq_only"] and index % 3 == 0) else closest_ratio(*size, table)
             for index, size in enumerate(case.call["hw"])
         ]
-        sampler = AspectRatioBatchSampler(buckets, run["batch_size"], order="official", drop_last=run["drop_last"])
+        options = {"order": "official", "drop_last": run["drop_last"]}
+        if not run["batches"]:
+            with pytest.raises(DataError):
+                AspectRatioBatchSampler(buckets, run["batch_size"], **options)
+            continue
+        sampler = AspectRatioBatchSampler(buckets, run["batch_size"], **options)
         assert sampler.len_epoch == run["len"]
         assert sampler.batches_per_epoch(0) == len(run["batches"])
         for epoch in range(2):
