@@ -203,6 +203,8 @@ def _check_arguments(name: str, kind: type[torch.optim.Optimizer], options: dict
                 f"train.optimizer: {name} has no argument {key!r}.{suggest(str(key), list(known))} "
                 f"Known: {', '.join(known)}."
             )
+        if key == "lr" and value is None:
+            continue
         where = f"train.optimizer.{key}"
         checked[key] = _in_shape_of(known[key], value, f"{where} of {name}")
         if key.endswith("betas") and not all(0 <= beta < 1 for beta in checked[key]):

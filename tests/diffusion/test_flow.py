@@ -9,6 +9,7 @@ from sana.diffusion.flow import (
     add_noise,
     data_from_velocity,
     flow_loss,
+    flow_training_loss,
     noise_from_velocity,
     sampling_sigmas,
     shift_sigma,
@@ -84,3 +85,19 @@ def test_noise_levels_keep_the_dtype_of_the_latents() -> None:
     latents = torch.randn(2, 3, dtype=torch.bfloat16)
     assert add_noise(latents, latents, torch.tensor([0.1, 0.2], dtype=torch.float64)).dtype == torch.bfloat16
     assert flow_loss(latents, latents, latents).dtype == torch.float32
+
+
+def test_the_training_loss_gives_the_network_truncated_timesteps_and_exact_noise() -> None:
+    latents, noise = torch.randn(2, 3, 4, 2, 2)
+    index, seen = torch.tensor([0, 500, 999]), {}
+
+    def model(noisy: torch.Tensor, timestep: torch.Tensor, caption: str) -> torch.Tensor:
+        seen.update(noisy=noisy, timestep=timestep, caption=caption)
+        return velocity_target(latents, noise) + torch.tensor([0.0, 1.0, 2.0])[:, None, None, None]
+
+    loss = flow_training_loss(model, latents, noise, index, 3.0, caption="a fox")
+    torch.testing.assert_close(loss, torch.tensor([0.0, 1.0, 4.0]))
+    middle = shift_sigma(torch.tensor(500 * 0.999 / 999, dtype=torch.float64), 3.0)
+    assert seen["caption"] == "a fox"
+    assert seen["timestep"].tolist() == [0, int(middle * 1000), 999]
+    torch.testing.assert_close(seen["noisy"][1], add_noise(latents, noise, middle)[1])

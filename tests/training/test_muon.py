@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sana.training.muon import Muon, orthogonalise, split_parameters
+from sana.training.muon import Muon, MuonWithAdamW, orthogonalise, split_parameters
 
 
 def test_singular_values_become_nearly_one_and_directions_stay():
@@ -44,3 +44,32 @@ def test_a_least_squares_problem_is_solved():
         (weight - target).square().sum().backward()
         optimizer.step()
     assert (weight - target).abs().max() < 0.1
+
+
+def test_one_optimiser_moves_as_two_by_hand():
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(40, 30), nn.LayerNorm(30), nn.Linear(30, 6))
+
+    def train(network: nn.Sequential, *optimizers: torch.optim.Optimizer) -> list[torch.Tensor]:
+        for step in range(4):
+            network(torch.full((2, 40), 0.1 * step)).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return [parameter.detach() for parameter in network.parameters()]
+
+    one, two = model(), model()
+    combined = MuonWithAdamW(one.named_parameters(), 1e-2, adamw_lr=2e-3, exclude=("2.",))
+    matrices, rest = split_parameters(two, exclude=("2.",))
+    assert [tuple(p.shape) for p in matrices] == [(30, 40)]
+    parts = Muon(matrices, 1e-2, weight_decay=0.01), torch.optim.AdamW(rest, 2e-3, (0.9, 0.98), weight_decay=0.0)
+    for ours, expected in zip(train(one, combined), train(two, *parts), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_a_groups_own_lr_scales_both_parts():
+    named = list(nn.Linear(40, 30).named_parameters())
+    combined = MuonWithAdamW([{"params": named, "lr": 0.5, "weight_decay": 0.3}], lr=1.0, adamw_lr=0.1)
+    matrix, rest = combined.param_groups
+    assert (matrix["lr"], matrix["weight_decay"], rest["lr"], rest["weight_decay"]) == (0.5, 0.3, 0.05, 0.0)
