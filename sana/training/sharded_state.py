@@ -70,7 +70,10 @@ def load_sharded(folder: Path, state: dict[str, Any], *, check: Callable[[], Non
             no_dist=not dist.is_initialized(),
         )
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_failure(error)}") from error
+        reason = _first_failure(error)
+        raise CheckpointError(
+            reason if str(folder.parent) in reason else f"{folder} cannot be loaded: {reason}"
+        ) from error
 
 
 def _first_failure(error: CheckpointException) -> str:
