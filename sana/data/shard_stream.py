@@ -4,6 +4,7 @@ Random access, which training normally uses, is in `webdataset.py`.
 """
 
 import hashlib
+import http.client
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,10 +17,6 @@ from sana.data.shard_list import ShardEntry, list_shards
 from sana.data.shard_records import Record, RecordOptions, make_sample
 from sana.data.shard_urls import open_stream
 from sana.data.tar_members import walk
-from sana.utils.logging import get_logger
-
-logger = get_logger(__name__)
-
 
 class StreamedShards(IterableDataset):
     """Streams the records of tar shards in a fixed order, once per epoch.
@@ -40,8 +37,11 @@ class StreamedShards(IterableDataset):
         on_broken: called with every record that cannot be read, and with every shard that breaks off; None raises.
 
     Attributes:
-        epoch: of the next iteration; set by `set_epoch`.
-        consumed: records given by this object in the epoch. With worker processes the main process counts for itself.
+        epoch: of the next iteration; one more after each.
+        consumed: records given by this object in the epoch.
+
+    In worker processes copies of this object do the work, so the main process counts, and calls `set_epoch` or
+    `load_state_dict` before each iteration. Captions beside the shards are not read.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class StreamedShards(IterableDataset):
                 raise sample
             else:
                 self.on_broken(sample)
+        self.set_epoch(self.epoch + 1)
 
     def _order(self) -> list[ShardEntry]:
         order = list(self.entries)
@@ -129,7 +130,7 @@ class StreamedShards(IterableDataset):
 def _records_of(entry: ShardEntry) -> Iterator[Record | DataError]:
     """Yields the records of one shard; last the error that it broke off with, if any."""
     seen: set[str] = set()
-    name, members = "", {}
+    name, members, count = "", {}, 0
     try:
         with open_stream(entry.location) as file:
             for member, read in walk(file, entry.location):
@@ -138,6 +139,7 @@ def _records_of(entry: ShardEntry) -> Iterator[Record | DataError]:
                     continue
                 if key != name:
                     if _is_record(members):
+                        count += 1
                         yield _record(entry, name, members)
                     if key in seen:
                         raise DataError(
@@ -150,11 +152,14 @@ def _records_of(entry: ShardEntry) -> Iterator[Record | DataError]:
                     raise DataError(f"{entry.location} holds {member.name} twice.")
                 members[kind] = read()
         if _is_record(members):
+            count += 1
             yield _record(entry, name, members)
-        if entry.nsamples is not None and entry.nsamples != len(seen):
-            raise DataError(f"{entry.location} gave {len(seen)} records, and wids-meta.json says {entry.nsamples}.")
+        if entry.nsamples not in (None, count, len(seen)):
+            raise DataError(f"{entry.location} gave {count} records, and its wids-meta.json says {entry.nsamples}.")
     except DataError as error:
         yield error
+    except (OSError, http.client.HTTPException) as error:
+        yield DataError(f"{entry.location} broke off: {error!r}.")
 
 
 def _is_record(members: dict[str, bytes]) -> bool:
