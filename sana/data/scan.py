@@ -31,6 +31,7 @@ class Found:
         name: what the JSON files beside it call it.
         side_stem: those files are named `<side_stem>_<captioner>.json`.
         captions: {captioner: text}; the text file's, or the record's own, is "prompt".
+        endings: captioner -> the ending of its file, such as "_VILA1-5-13B"; of "prompt" it is "_prompt".
         read: gives the bytes of the image file, or raises a BrokenSampleError; None where there is no image.
         problems: sentences about files beside it that cannot be used.
     """
@@ -39,6 +40,7 @@ class Found:
     name: str
     side_stem: str
     captions: dict[str, str] = field(default_factory=dict)
+    endings: dict[str, str] = field(default_factory=dict)
     read: Callable[[], bytes] | None = None
     problems: tuple[str, ...] = ()
 
@@ -94,10 +96,10 @@ def _scan_files(top: Path, folder: Path, names: Sequence[str]) -> Iterator[Found
                 lonely.append((name, owner_name))
     for image in images:
         stem = os.path.splitext(image)[0]
-        captions, problems = _captions_beside(folder, stem, texts.get(stem), beside.get(stem, []))
+        captions, endings, problems = _captions_beside(folder, stem, texts.get(stem), beside.get(stem, []))
         path = folder / image
         key = path.relative_to(top).as_posix()
-        yield Found(key, stem, str(folder / stem), captions, _file_reader(path, key), tuple(problems))
+        yield Found(key, stem, str(folder / stem), captions, endings, _file_reader(path, key), tuple(problems))
     for name, stem in lonely:
         yield Found((folder / name).relative_to(top).as_posix(), stem, str(folder / stem), {PROMPT: name})
 
@@ -127,8 +129,9 @@ def _json(path: Path) -> Any:
 
 def _captions_beside(
     folder: Path, stem: str, text: str | None, files: Sequence[str]
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
     captions: dict[str, str] = {}
+    endings: dict[str, str] = {}
     problems: list[str] = []
     if text is not None:
         try:
@@ -142,10 +145,13 @@ def _captions_beside(
             problems.append(f"{file} is not readable JSON")
             continue
         try:
-            captions |= captions_of_json(content, stem)
+            found = captions_of_json(content, stem)
         except ValueError as error:
             problems.append(f"{file}: {error}")
-    return captions, problems
+            continue
+        captions |= found
+        endings |= dict.fromkeys(found, file.removeprefix(stem)[: -len(".json")])
+    return captions, {PROMPT: "_prompt"} | endings, problems
 
 
 def _file_reader(path: Path, key: str) -> Callable[[], bytes]:
@@ -171,6 +177,7 @@ def _scan_shards(place: Path) -> Iterator[Found]:
 def _scan_shard(shard: str, index: ShardIndex) -> Iterator[Found]:
     stem = str(index.path).removesuffix(".tar")
     beside: dict[str, dict[str, str]] = {}
+    endings = {PROMPT: "_prompt"}
     problems: list[str] = []
     for file in sorted(index.path.parent.glob(f"{index.path.stem}_*.json")):
         if not file.name.endswith(SCORE_ENDING):
@@ -180,16 +187,20 @@ def _scan_shard(shard: str, index: ShardIndex) -> Iterator[Found]:
                 continue
             for name in content:
                 try:
-                    beside.setdefault(name, {}).update(captions_of_json(content, name))
+                    captions = captions_of_json(content, name)
                 except ValueError as error:
                     problems.append(f"{file.name}: {error}")
+                    continue
+                beside.setdefault(name, {}).update(captions)
+                endings |= dict.fromkeys(captions, file.stem.removeprefix(index.path.stem))
     for position, name in enumerate(index.keys):
         key = f"{shard}/{name}"
         image = index.image_kind(position)
         own, own_problems = _own_captions(index, position, key)
         read = (lambda position=position, image=image, key=key: index.read(position, image, key)) if image else None
         if image or not index.has(position, "npy"):  # latents without an image are no fault
-            yield Found(key, name, stem, own | beside.get(name, {}), read, (*problems, *own_problems))
+            captions = own | beside.get(name, {})
+            yield Found(key, name, stem, captions, endings, read, (*problems, *own_problems))
         problems = []
     yield from _lonely_members(shard, index, stem)
     for name in beside.keys() - set(index.keys):

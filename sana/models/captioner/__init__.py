@@ -1,0 +1,1 @@
+"""Networks of transformers that look at images: captioners (VLM) and CLIP. No training or sampling uses them."""
