@@ -114,6 +114,11 @@ class FlowObjective(nn.Module):
         velocity = self._predict[0](noisy, training_timesteps(sigma), prompt_embeds[:, None], mask=prompt_mask)
         return flow_loss(velocity, latents, draws.noise)
 
+    def parts(self) -> list[nn.Module]:
+        """Sub-modules that hold all parameters and can each be called alone, inner ones first: the units of FSDP."""
+        own = [] if self.captions is None else [self.captions.model]
+        return [*self.transformer.blocks, self.transformer, *own]
+
     def _drop(self, prompt_embeds: Tensor, dropped: Tensor) -> Tensor:
         """Replaces dropped captions by the learned null caption; the prompt's mask stays."""
         null = self.transformer.y_embedder.y_embedding.to(prompt_embeds)  # (L, C_text)

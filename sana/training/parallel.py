@@ -56,7 +56,10 @@ class Parallel:
         self.mixed_precision = mixed_precision
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
-        self.sharded = use_fsdp and dist.is_initialized()
+        if use_fsdp and not dist.is_initialized():  # shards of one process: a run on several can go on alone
+            backend = "cuda:nccl,cpu:gloo" if on_gpu else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.sharded = use_fsdp
         self.module: nn.Module
         self.wrapped: nn.Module
 
@@ -69,7 +72,7 @@ class Parallel:
 
         Args:
             module: what is trained; its parameters become shards in place under FSDP.
-            shards: sub-modules that FSDP gathers one at a time (the blocks).
+            shards: sub-modules that FSDP gathers one at a time, inner ones first.
 
         Returns:
             The module to call: its gradients are the mean over all processes.
@@ -118,11 +121,18 @@ class Parallel:
 
     def sum(self, *values: float) -> list[float]:
         """Sums numbers over all processes: one exchange, the same result everywhere."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        """The greatest of each number over all processes, the same everywhere."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
         if self.world_size == 1:
             return [float(value) for value in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        result = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(result, operation)
+        return result.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """Returns every process's `value` (any object that can be pickled) in the order of ranks."""

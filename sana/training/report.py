@@ -84,7 +84,7 @@ class Report:
         """Pictures of the validation prompts by the averaged weights. Every process must call it."""
         trainer = self.trainer
         with trainer.ema.applied(trainer.objective) if trainer.ema else nullcontext():
-            if trainer.parallel.is_main:
+            if trainer.parallel.is_main or trainer.parallel.sharded:  # shards are computed with by all together
                 if self.validator is None:
                     self.validator = Validator.for_training(
                         trainer.config, folder=trainer.work_dir / "validation",
@@ -92,7 +92,8 @@ class Report:
                         autoencoder=trainer.networks.autoencoder, text_encoder=trainer.networks.text_encoder,
                     )  # fmt: skip
                 path = self.validator.run(trainer.step)
-                self.tracker.image("validation", path, trainer.step)
+                if path is not None:
+                    self.tracker.image("validation", path, trainer.step)
             trainer.parallel.barrier()
 
     def state_dict(self) -> dict[str, Any]:

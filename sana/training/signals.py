@@ -1,10 +1,13 @@
 """Stopping a run politely: SIGTERM and SIGINT are noted, and the training loop stops after the current step."""
 
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
+REPEAT_SECONDS = 1.0
 
 
 class StoppedBySignal(Exception):  # noqa: N818  no error: the run was asked to stop, and its state is saved
@@ -20,10 +23,15 @@ class StoppedBySignal(Exception):  # noqa: N818  no error: the run was asked to 
 
 
 class SignalWatch:
-    """Notes the first signal; a second one of the same kind acts as ever (a second Ctrl-C interrupts at once)."""
+    """Notes the first signal; a later one acts as ever (a second Ctrl-C interrupts at once).
 
-    def __init__(self) -> None:
+    One that follows within `REPEAT_SECONDS` is taken for the same: torchrun passes on to its processes what the
+    terminal or the scheduler has sent to all of them already.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.received = 0
+        self._clock, self._first = clock, 0.0
         self._previous: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
@@ -36,5 +44,8 @@ class SignalWatch:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
-        signal.signal(signum, self._previous[signum])
+        if not self.received:
+            self.received, self._first = signum, self._clock()
+        elif self._clock() - self._first >= REPEAT_SECONDS:
+            signal.signal(signum, self._previous[signum])
+            signal.raise_signal(signum)
