@@ -9,12 +9,14 @@ from torch import nn
 from sana.config import ConfigError, SanaConfig
 from sana.config_extra import TrainExtra, data_extra
 from sana.data import DATASETS
+from sana.data.feature_cache import FeatureCache
 from sana.data.loader import TrainingLoader
 from sana.models import build_autoencoder, build_text_encoder, build_transformer
 from sana.models.autoencoder.base import Autoencoder
 from sana.models.text_encoder import PrecomputedTextEncoder, TextEncoder
 from sana.models.weights import load_weights
 from sana.training.captions import CaptionEncoder
+from sana.training.feature_identity import require_features
 from sana.training.objective import FlowObjective, NoiseOptions
 from sana.training.parallel import Parallel
 from sana.training.random_encoders import random_autoencoder, random_text_encoder
@@ -104,7 +106,7 @@ def noise_options(config: SanaConfig, extra: TrainExtra) -> NoiseOptions:
     )
 
 
-def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, autoencoder: Autoencoder | None) -> Any:
+def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, networks: Networks) -> Any:
     """Returns what gives batches: `next_batch()`, `state_dict()`, `load_state_dict()`, `fingerprint`, `len_epoch`.
 
     Raises:
@@ -113,11 +115,16 @@ def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, autoen
     """
     data, train, options = config.data, config.train, data_extra(config.data.extra)
     if data.type == "DrawnScenes":
-        assert autoencoder is not None
+        assert networks.autoencoder is not None
         return SceneBatches(
-            autoencoder, train.train_batch_size, pool_size=extra.pool_size, refresh=extra.refresh,
+            networks.autoencoder, train.train_batch_size, pool_size=extra.pool_size, refresh=extra.refresh,
             seed=train.seed, rank=parallel.rank, dtype=parallel.mixed_precision, show_progress=parallel.is_main,
         )  # fmt: skip
+    cached = options.feature_dir if data.load_vae_feat or data.load_text_feat else None
+    if cached:
+        require_features(
+            config, FeatureCache(cached), autoencoder=networks.autoencoder, text_encoder=networks.text_encoder
+        )
     dataset = DATASETS[data.type](
         data_dir=[folder for folder in data.data_dir if folder],
         image_size=config.model.image_size,
@@ -133,7 +140,7 @@ def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, autoen
         max_pixels=options.max_pixels,
         load_vae_feat=data.load_vae_feat,
         load_text_feat=data.load_text_feat,
-        feature_dir=options.feature_dir if data.load_vae_feat or data.load_text_feat else None,
+        feature_dir=cached,
     )
     return TrainingLoader(
         dataset, train.train_batch_size, seed=train.seed, remainder=options.remainder, order=options.order,

@@ -54,12 +54,12 @@ class Trainer:
         seed_everything(config.train.seed)  # every process starts from the same weights
         self.networks = build_networks(config, self.extra)
         self.objective = build_objective(config, self.extra, self.networks)
-        self.wrapped = self.parallel.prepare(self.objective, self.networks.transformer.blocks)
+        self.wrapped = self.parallel.prepare(self.objective, self.objective.parts())
         for network in (self.networks.autoencoder, self.networks.text_encoder):
             if isinstance(network, torch.nn.Module):
                 network.to(self.parallel.device)
         self.noise = noise_options(config, self.extra)
-        self.data = build_data(config, self.extra, self.parallel, self.networks.autoencoder)
+        self.data = build_data(config, self.extra, self.parallel, self.networks)
         self._check_agreement()
         self._build_optimizer()
         self.ema = ExponentialMovingAverage(self.objective, config.train.ema_rate) if config.train.ema_update else None
@@ -79,12 +79,12 @@ class Trainer:
             StoppedBySignal: SIGTERM or SIGINT came; the checkpoint is written.
             TrainingDivergedError: too many steps with a loss or gradient that is not finite.
         """
-        train, started, epochs = self.config.train, time.monotonic(), self.epochs
+        train, started, epochs, stop = self.config.train, time.monotonic(), self.epochs, 0.0
         with SignalWatch() as signals, self.report:
             while self.step < self.total_steps:
                 self.train_step([self.data.next_batch() for _ in range(train.gradient_accumulation_steps)])
                 hours = (time.monotonic() - started) / 3600
-                late, stop = self.parallel.sum(hours > train.early_stop_hours, signals.received)
+                late, stop = self.parallel.max(hours > train.early_stop_hours, signals.received)
                 ended, epochs = self.epochs != epochs, self.epochs
                 due = self.step % train.save_model_steps == 0 or (ended and epochs % train.save_model_epochs == 0)
                 if due or late or stop or self.step == self.total_steps:
@@ -94,8 +94,9 @@ class Trainer:
                 if late or stop:
                     break
             self.checkpoints.wait()
-            if signals.received:
-                raise StoppedBySignal(signals.received)
+            self.parallel.barrier()  # none leaves before the main process has written: a launcher would end that too
+            if stop:
+                raise StoppedBySignal(int(stop))
         if self.step >= self.total_steps:
             run_state.export(self, self.work_dir / "model")
 
