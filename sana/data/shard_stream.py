@@ -18,6 +18,7 @@ from sana.data.shard_records import Record, RecordOptions, make_sample
 from sana.data.shard_urls import open_stream
 from sana.data.tar_members import walk
 
+
 class StreamedShards(IterableDataset):
     """Streams the records of tar shards in a fixed order, once per epoch.
 
@@ -130,7 +131,8 @@ class StreamedShards(IterableDataset):
 def _records_of(entry: ShardEntry) -> Iterator[Record | DataError]:
     """Yields the records of one shard; last the error that it broke off with, if any."""
     seen: set[str] = set()
-    name, members, count = "", {}, 0
+    members: dict[str, bytes] = {}
+    name, count = "", 0
     try:
         with open_stream(entry.location) as file:
             for member, read in walk(file, entry.location):

@@ -126,9 +126,7 @@ def pack_folder(
     names = {path.name for path in output.iterdir() if path.suffix == ".tar" or OURS.fullmatch(path.name)}
     if foreign := sorted(names - written):
         raise _occupied(output / foreign[0])
-    meta = wids_meta(listed)
-    if not (output / META_FILE).is_file() or (output / META_FILE).read_bytes() != meta:
-        write_atomically(output / META_FILE, meta)
+    _write_changed(output / META_FILE, wids_meta(listed))
     return summary
 
 
@@ -274,7 +272,7 @@ def _finish_shard(output: Path, name: str, shard: Sequence[PackedRecord]) -> boo
         raise _occupied(target)
     for file, entries in _side_files(name, shard).items():
         content = (json.dumps(entries, ensure_ascii=False, indent=1) + "\n").encode("utf-8", "replace")
-        write_atomically(output / file, content)
+        _write_changed(output / file, content)
     if not there:
         _write_tar(target, shard)
     return there
@@ -287,6 +285,12 @@ def _side_files(name: str, shard: Sequence[PackedRecord]) -> dict[str, dict[str,
         f"{name}{suffix}.json": {record.key: record.side[suffix] for record in shard if suffix in record.side}
         for suffix in suffixes
     }
+
+
+def _write_changed(path: Path, content: bytes) -> None:
+    """Writes a file unless it is there already: a finished output may be readable only."""
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, content)
 
 
 def _write_tar(target: Path, shard: Sequence[PackedRecord]) -> None:

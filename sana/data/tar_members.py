@@ -75,10 +75,9 @@ def parse_header(block: bytes) -> tarfile.TarInfo | None:
     Raises:
         tarfile.HeaderError: it is no header.
     """
-    try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:
+    if not block.strip(b"\0"):
         return None
+    return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
 
 
 class _Tape:

@@ -1,6 +1,7 @@
 """Walking a tar agrees with Python's tarfile where the tar is good, and is an error wherever it is not."""
 
 import io
+import random
 import tarfile
 
 import pytest
@@ -134,3 +135,19 @@ def test_leading_dots_are_left_out_and_folders_passed_over():
     folder = tarfile.TarInfo("./sub")
     folder.type = tarfile.DIRTYPE
     assert [name for name, _, _ in walked(tar_bytes([(folder, b""), ("./sub/a.png", b"x")]))] == ["sub/a.png"]
+
+
+def test_a_flipped_byte_is_a_data_error_or_changes_nothing_but_content():
+    content = tar_bytes([*records(2), (LONG, b"x")], form=tarfile.PAX_FORMAT)
+    names = [name for name, _, _ in walked(content)]
+    rng = random.Random(0)
+    outcomes = {"error": 0, "read": 0}
+    for _ in range(400):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        try:
+            assert len(walked(bytes(damaged))) == len(names)
+            outcomes["read"] += 1
+        except DataError:
+            outcomes["error"] += 1
+    assert min(outcomes.values()) > 20

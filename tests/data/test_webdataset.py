@@ -11,7 +11,10 @@ import torch
 
 from sana.data import DATASETS
 from sana.data.aspect_ratio import ASPECT_RATIOS
+from sana.data.feature_cache import image_hash
+from sana.data.feature_writer import FeatureWriter
 from sana.data.image_folder import SanaImgDataset
+from sana.data.loader import TrainingLoader
 from sana.data.sample import BrokenSampleError, DataError
 from sana.data.webdataset import SanaWebDataset, SanaWebDatasetMS
 from tests.data.tars import description, npy, npz, picture, records, tar_bytes, write_shards
@@ -217,3 +220,41 @@ def test_the_shipped_example_is_the_folder_it_was_made_of():
         assert (one.caption, one.caption_type, one.clip_score) == (other.caption, other.caption_type, other.clip_score)
         assert torch.equal(one.image, other.image)
     assert sum(path.stat().st_size for path in EXAMPLE.iterdir()) < 500_000
+
+
+def test_features_of_a_cache_are_those_of_the_caption_and_refused_when_stale(tmp_path):
+    write_shards(tmp_path / "d", 2)
+    data = dataset(tmp_path / "d")
+    latents, embeds = torch.full((32, 4, 6), 0.5), torch.arange(6.0).reshape(3, 2)
+    identities = {"latents": {"autoencoder": "a"}, "text": {"encoder": "b"}}
+    with FeatureWriter(tmp_path / "features", identities, text_dtype=torch.float32) as writer:
+        for index in range(2):
+            writer.add_latents(data.key(index), image_hash(data.image_bytes(index)), data.buckets()[index], latents)
+            writer.add_text(data.captions(index)[0], embeds + index, torch.ones(3, dtype=torch.int64))
+            writer.add_captions(data.key(index), data.captions(index))
+            writer.end_sample()
+    options = {"load_vae_feat": True, "load_text_feat": True, "feature_dir": tmp_path / "features"}
+    sample = load(dataset(tmp_path / "d", **options), 1)
+    assert sample.image is None and torch.equal(sample.latents, latents)
+    assert torch.equal(sample.prompt_embeds, embeds + 1)
+    with pytest.raises(DataError, match="stale"):
+        load(dataset(tmp_path / "d", **options | {"aspect_ratio_type": "ASPECT_RATIO_2880_TEST", "multi_scale": False}))
+    changed = records(2)
+    changed[0] = ("0000.png", picture(colour=(9, 9, 9)))
+    (tmp_path / "d" / "000000.tar").write_bytes(tar_bytes(changed))
+    with pytest.raises(DataError, match=r"000000/0000 .* are stale: its image file has changed"):
+        load(dataset(tmp_path / "d", **options), 0)
+
+
+def test_the_training_loader_takes_it_in_worker_processes(tmp_path):
+    write_shards(tmp_path, 3, 3)
+    (tmp_path / "zz.tar").write_bytes(tar_bytes([("bad.png", b"x"), ("bad.json", description())]))
+    loader = TrainingLoader(dataset(tmp_path), 2, order="sequential", num_workers=1)
+    try:
+        batches = [loader.next_batch() for _ in range(4)]
+    finally:
+        loader.close()
+    assert [key for batch in batches for key in batch.keys][:7] == [
+        "000000/0000", "000000/0001", "000000/0002", "000001/0003", "000001/0004", "000001/0005", "zz/bad",
+    ]  # fmt: skip
+    assert [weight for batch in batches for weight in batch.weights.tolist()][:7] == [1, 1, 1, 1, 1, 1, 0]
