@@ -80,10 +80,10 @@ def skipped_steps(records: Sequence[dict[str, Any]]) -> list[int]:
     steps, before = [], 0
     for record in records:
         skipped = record.get("skipped")
-        counted = isinstance(skipped, int) and not isinstance(skipped, bool)
-        if skipped is True or (counted and skipped > before) or ("loss" in record and record["loss"] is None):
+        count = skipped if isinstance(skipped, int) and not isinstance(skipped, bool) else before
+        if skipped is True or count > before or ("loss" in record and record["loss"] is None):
             steps.append(record["step"])
-        before = skipped if counted else before
+        before = count
     return steps
 
 

@@ -144,7 +144,7 @@ def write_bundle(
     Returns:
         The folder; None when this process writes none, or could not (which is logged).
     """
-    report = {
+    report: dict[str, Any] = {
         "step": step,
         "loss": str(loss),  # JSON has no NaN
         "grad_norm": str(grad_norm),

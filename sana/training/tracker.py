@@ -194,7 +194,7 @@ class WeightsAndBiases:
         project: str,
         config: Mapping[str, Any],
         resume: bool,
-        mode: str | None,
+        mode: Any,
         **_: Any,
     ) -> None:
         try:

@@ -80,7 +80,7 @@ class Validator:
         self.pipeline, self.prompts, self.folder = pipeline, list(prompts), Path(folder)
         self.every, self.seed, self.deterministic = every, seed, deterministic
         self.batch_size, self.cache_prompts, self.autocast = batch_size, cache_prompts, autocast
-        self._options = {
+        self._options: dict[str, Any] = {
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,
