@@ -50,6 +50,10 @@ def check_trainable(config: SanaConfig, extra: TrainExtra) -> None:
         raise ConfigError(f"model.model is {config.model.model!r}; train.py trains Sana and SanaMS models.")
     if not config.scheduler.predict_flow_v or config.scheduler.pred_sigma:
         raise ConfigError("scheduler.predict_flow_v must be true and pred_sigma false: train.py trains flow matching.")
+    if config.train.snr_loss:
+        raise ConfigError("train.snr_loss is true; flow matching weighs noise levels by scheduler.weighting_scheme.")
+    if unknown := sorted(set(config.train.auto_lr or {}) - {"rule", "base_batch_size"}):
+        raise ConfigError(f"train.auto_lr has no key {unknown[0]!r}; it knows rule and base_batch_size.")
     if extra.random_encoders and (config.model.load_from or config.load_from):
         raise ConfigError("train.extra.random_encoders is a test without real data; it cannot go with model.load_from.")
     if extra.train_text_encoder and config.data.load_text_feat:

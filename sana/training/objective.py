@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sana.diffusion.flow import add_noise, flow_loss, training_sigmas, training_timesteps
+from sana.diffusion.flow import flow_training_loss
 from sana.diffusion.timestep_sampling import sample_timesteps
 from sana.models.transformer.sana import Sana
 from sana.training.captions import CaptionEncoder
@@ -84,7 +84,7 @@ class FlowObjective(nn.Module):
         super().__init__()
         self.transformer, self.captions = transformer, captions
         transformer.y_embedder.dropout = 0.0
-        self.register_buffer("sigmas", training_sigmas(flow_shift), persistent=False)  # (1000,) float64
+        self.flow_shift = flow_shift
         self._predict = [torch.compile(transformer) if compile else transformer]  # a list: no second sub-module
 
     def forward(
@@ -109,10 +109,10 @@ class FlowObjective(nn.Module):
         else:
             assert prompt_embeds is not None and prompt_mask is not None
             prompt_embeds = self._drop(prompt_embeds, draws.dropped)
-        sigma = self.sigmas[draws.index]
-        noisy = add_noise(latents, draws.noise, sigma)
-        velocity = self._predict[0](noisy, training_timesteps(sigma), prompt_embeds[:, None], mask=prompt_mask)
-        return flow_loss(velocity, latents, draws.noise)
+        return flow_training_loss(
+            self._predict[0], latents, draws.noise, draws.index, self.flow_shift,
+            y=prompt_embeds[:, None], mask=prompt_mask,
+        )  # fmt: skip
 
     def parts(self) -> list[nn.Module]:
         """Sub-modules that hold all parameters and can each be called alone, inner ones first: the units of FSDP."""
