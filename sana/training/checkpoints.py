@@ -9,10 +9,10 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ class Checkpoints:
         self.keep_last, self.keep_every = keep_last, keep_every
         self.asynchronous, self.timeout_s = asynchronous, timeout_s
         self._attempt = 0  # tells this save's files from those of a failed one of the same step
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")  # joined at exit
+        self._pending: Future[None] | None = None
         if rank == 0:
             _clean(self.folder)
         distributed.barrier()  # no rank writes what rank 0 would take for a leftover
@@ -121,13 +121,10 @@ class Checkpoints:
             if sharded is not None:
                 sharded_state.save_sharded(partial / SHARDED, dict(sharded))
             later = export(partial) if export is not None and self.rank == 0 else None
-        if not self.asynchronous:
+        if self.asynchronous:
+            self._pending = self._writer.submit(self._write_behind, step, partial, state, later)
+        else:
             self._write(step, partial, state, later)
-            return
-        self._thread = threading.Thread(
-            target=self._write_behind, args=(step, partial, state, later), name=f"checkpoint-{step}"
-        )
-        self._thread.start()  # not a daemon: the interpreter waits for it at exit
 
     def wait(self) -> None:
         """Returns when nothing is being written.
@@ -135,16 +132,13 @@ class Checkpoints:
         Raises:
             CheckpointWriteError: the write in the background failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint by `latest` and sizes; see `latest_checkpoint`."""
-        return latest_checkpoint(self.folder)
+    def latest(self, *, thorough: bool = False) -> Path | None:
+        """The newest whole checkpoint, by sizes or (`thorough`) by contents; see `latest_checkpoint`."""
+        return latest_checkpoint(self.folder, thorough=thorough)
 
     def load(self, path: str | Path | None = None) -> LoadedCheckpoint:
         """Reads a checkpoint, by default the newest whose contents are intact: every rank finds the same.
@@ -178,8 +172,8 @@ class Checkpoints:
         try:
             self._write(*arguments)
         except BaseException as error:
-            logger.error("%s", error)  # also seen when nobody waits any more
-            self._error = error
+            logger.error("%s", error)  # the run may end before anybody waits for the write
+            raise
 
     def _write(self, step: int, partial: Path, state: dict[str, Any], later: object) -> None:
         with self._reporting(partial):

@@ -31,6 +31,16 @@ METADATA_GLOBALS = {
     "pathlib": ("PosixPath", "PurePosixPath"),
     "pathlib._local": ("PosixPath", "PurePosixPath"),  # Python 3.13
 }  # fmt: skip
+UNREADABLE = (
+    CheckpointError,
+    OSError,
+    pickle.UnpicklingError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+)
 
 
 def save_sharded(folder: Path, state: dict[str, Any]) -> None:
@@ -106,7 +116,7 @@ class _SafeReader(dcp.FileSystemReader):
             if self.check is not None:
                 self.check()
             return self._read_table()
-        except Exception as error:
+        except UNREADABLE as error:
             self.error = error
             return dcp.Metadata({}, storage_data={})
 
