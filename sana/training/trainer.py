@@ -88,7 +88,9 @@ class Trainer:
                 ended, epochs = self.epochs != epochs, self.epochs
                 due = self.step % train.save_model_steps == 0 or (ended and epochs % train.save_model_epochs == 0)
                 if due or late or stop or self.step == self.total_steps:
-                    run_state.save(self)
+                    with self.report.speed.paused():
+                        run_state.save(self)
+                        self.report.log.sync()
                 if train.visualize and self.step % train.eval_sampling_steps == 0:
                     self.report.validate()
                 if late or stop:

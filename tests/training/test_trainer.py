@@ -199,3 +199,18 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tiny_options):
 def test_resume_from_nowhere_is_told(tiny_options, tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         Trainer(config_of(tiny_options, f"--resume_from={tmp_path / 'nowhere'}"))
+
+
+def test_validation_shows_the_averaged_weights_and_disturbs_nothing(image_options, tmp_path):
+    plain = Trainer(config_of(image_options, f"--work_dir={tmp_path / 'plain'}"))
+    plain.train()
+    shown = [
+        "--train.visualize=true", "--train.eval_sampling_steps=2", "--train.validation_prompts=[a red cat, two owls]",
+        "--report_to=tensorboard",
+    ]  # fmt: skip
+    watched = Trainer(config_of(image_options, *shown))
+    watched.train()
+    assert_equal(weights(plain), weights(watched))
+    sheets = sorted(path.name for path in (tmp_path / "run/validation").iterdir())
+    assert sheets == ["step_00000002.png", "step_00000004.png"]
+    assert list((tmp_path / "run/tensorboard").rglob("events*"))
