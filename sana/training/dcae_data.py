@@ -154,7 +154,7 @@ class FolderImages:
             raise DataError("the data set holds no image")
         self.dataset, self.seed, self.broken = dataset, seed, set(broken)
         self.name = dataset.fingerprint()
-        self._batches = _positions(start + rank * batch_size, batch_size, world_size)
+        self._batches = _PositionBatches(start + rank * batch_size, batch_size, world_size)
         self._loader = DataLoader(
             _Positions(dataset, seed), batch_sampler=self._batches, num_workers=workers, collate_fn=_collate,
             worker_init_fn=_leave_signals_to_training,
@@ -167,7 +167,8 @@ class FolderImages:
         Raises:
             DataError: too many images cannot be read.
         """
-        self._iterator = self._iterator or iter(self._loader)
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
         images, broken = next(self._iterator)
         for key, reason in broken:
             if key not in self.broken:
@@ -210,7 +211,7 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(int(state >> np.uint64(1))))
 
 
-class _positions:
+class _PositionBatches:
     """Lists of positions without end, one list a batch."""
 
     def __init__(self, first: int, batch_size: int, world_size: int) -> None:

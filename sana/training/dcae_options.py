@@ -40,6 +40,7 @@ class DCAETraining:
     lpips_linear: Path | None = None  # LPIPS's channel weights for VGG16
     gan_start: int = 0  # step at which the discriminator begins
     gan_lr: float = 2e-4
+    gan_width: int = 64  # channels of the discriminator's first layer, a multiple of 32
     whole_scene_from: float = 0.85  # after this part of the run, batches of drawn scenes are whole scenes
     latent_noise: float = 0.15  # largest standard deviation of the noise added to latents before decoding
     residual_gain: float = 0.3  # initial weight of the norm that closes each residual branch of a fresh model
@@ -73,6 +74,7 @@ class DCAETraining:
             "freeze_encoder",
             "weights",
             "gan_start",
+            "gan_width",
             "optimizer",
             "mixed_precision",
             "seed",

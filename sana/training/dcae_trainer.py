@@ -93,7 +93,7 @@ class DCAETrainer:
         if options.freeze_encoder:
             freeze_encoder(autoencoder)
         reconstruction = Reconstruction(autoencoder, latent_noise=options.latent_noise, frozen=options.freeze_encoder)
-        self.discriminator = PatchDiscriminator() if options.weights.gan else None
+        self.discriminator = PatchDiscriminator(options.gan_width) if options.weights.gan else None
         self.autoencoder, self.step, self.images_seen = autoencoder, 0, 0
         self.module = self.parallel.prepare(reconstruction)
         self.ema = ExponentialMovingAverage(autoencoder, options.ema_decay)
