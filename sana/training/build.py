@@ -50,6 +50,8 @@ def check_trainable(config: SanaConfig, extra: TrainExtra) -> None:
         raise ConfigError(f"model.model is {config.model.model!r}; train.py trains Sana and SanaMS models.")
     if not config.scheduler.predict_flow_v or config.scheduler.pred_sigma:
         raise ConfigError("scheduler.predict_flow_v must be true and pred_sigma false: train.py trains flow matching.")
+    if extra.save_pth and config.train.use_fsdp:
+        raise ConfigError("train.extra.save_pth does not go with train.use_fsdp: the shards are never in one place.")
     if config.train.snr_loss:
         raise ConfigError("train.snr_loss is true; flow matching weighs noise levels by scheduler.weighting_scheme.")
     if unknown := sorted(set(config.train.auto_lr or {}) - {"rule", "base_batch_size"}):

@@ -10,9 +10,15 @@ import torch
 
 from sana.config import ConfigError, config_to_dict
 from sana.models.metadata import CheckpointMetadata, save_checkpoint
-from sana.models.weights import CheckpointError
+from sana.models.weights import CheckpointError, load_weights
 from sana.training import rng_state
 from sana.training.checkpoints import LoadedCheckpoint
+from sana.training.official_pth import (
+    load_official_optimizer,
+    load_official_training_state,
+    official_name,
+    save_official_pth,
+)
 from sana.utils.dtype import parse_dtype
 from sana.utils.logging import get_logger
 from sana.utils.seed import seed_everything
@@ -41,6 +47,8 @@ def save(trainer: "Trainer") -> None:
     }  # fmt: skip
     per_rank = {"rng": rng_state.capture(), "data": trainer.data.state_dict()}
     full = _full_weights(trainer)  # every process takes part; only the main one writes
+    if trainer.extra.save_pth and parallel.is_main:
+        _write_official(trainer, per_rank["rng"])
     trainer.checkpoints.save(
         trainer.step, shared=shared, per_rank=per_rank, sharded=weights if parallel.sharded else None,
         export=lambda folder: functools.partial(_write_export, trainer, folder, full),
@@ -58,6 +66,9 @@ def resume(trainer: "Trainer") -> None:
     path = _find(trainer)
     if path is None:
         seed_everything(trainer.config.train.seed + parallel.rank)
+        return
+    if path.suffix == ".pth":
+        _resume_official(trainer, path)
         return
     loaded = trainer.checkpoints.load(path)
     shared = loaded.shared
@@ -92,6 +103,32 @@ def export(trainer: "Trainer", folder: Path) -> None:
     if trainer.parallel.is_main:
         _write_export(trainer, folder, full)
     trainer.parallel.barrier()
+
+
+def _resume_official(trainer: "Trainer", path: Path) -> None:
+    """Goes on from a checkpoint of the official trainer, which knows no data position: its epoch starts anew.
+
+    `model.resume_from` may be a mapping with `resume_optimizer` and `resume_lr_scheduler`, as official.
+    """
+    if trainer.parallel.sharded:
+        raise ConfigError(f"{path} is an official .pth; start from it without train.use_fsdp, or by model.load_from.")
+    choice = trainer.config.model.resume_from
+    choice = choice if isinstance(choice, dict) else {}
+    state = load_official_training_state(path)
+    load_weights(trainer.networks.transformer, state.state_dict)
+    if trainer.ema is not None:
+        for name, value in (state.ema or state.state_dict).items():
+            if (average := trainer.ema.average.get(f"transformer.{name}")) is not None:
+                average.copy_(value)
+    if state.optimizer and choice.get("resume_optimizer", True):
+        load_official_optimizer(trainer.optimizer, state.optimizer)
+    if state.scheduler and choice.get("resume_lr_scheduler", True):
+        trainer.scheduler.load_state_dict(state.scheduler)
+    trainer.step = state.step or 0
+    effective = trainer.config.train.train_batch_size * trainer.config.train.gradient_accumulation_steps
+    trainer.samples = trainer.step * effective * trainer.parallel.world_size
+    seed_everything(trainer.config.train.seed + trainer.parallel.rank + trainer.step)
+    logger.info("resumed the official %s at step %d; its data start at the beginning of an epoch", path, trainer.step)
 
 
 def _find(trainer: "Trainer") -> Path | None:
@@ -155,6 +192,26 @@ def _full_weights(trainer: "Trainer") -> dict[str, torch.Tensor]:
             if parallel.is_main:
                 full[name] = whole.detach().cpu().clone()
     return full
+
+
+def _write_official(trainer: "Trainer", rng: dict[str, Any]) -> None:
+    """Writes `epoch_E_step_S.pth` as the official trainer does, and prunes like the checkpoints."""
+    folder, own = trainer.work_dir / "checkpoints", trainer.networks.transformer.state_dict()
+    ema = None
+    if trainer.ema is not None:
+        ema = own | {
+            k.removeprefix("transformer."): v for k, v in trainer.ema.average.items() if k.startswith("transformer.")
+        }
+    save_official_pth(
+        folder / official_name(trainer.epochs, trainer.step), state_dict=own, ema_state_dict=ema,
+        optimizer=trainer.optimizer.state_dict(), scheduler=trainer.scheduler.state_dict(), epoch=trainer.epochs,
+        rng_state=rng,
+    )  # fmt: skip
+    written = sorted(folder.glob("epoch_*_step_*.pth"), key=lambda path: int(path.stem.rpartition("_")[2]))
+    for old in written[: -trainer.extra.keep_last]:
+        step = int(old.stem.rpartition("_")[2])
+        if not trainer.extra.keep_every or step % trainer.extra.keep_every:
+            old.unlink(missing_ok=True)
 
 
 def _write_export(trainer: "Trainer", folder: Path, full: dict[str, torch.Tensor]) -> None:

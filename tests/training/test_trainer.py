@@ -214,3 +214,17 @@ def test_validation_shows_the_averaged_weights_and_disturbs_nothing(image_option
     sheets = sorted(path.name for path in (tmp_path / "run/validation").iterdir())
     assert sheets == ["step_00000002.png", "step_00000004.png"]
     assert list((tmp_path / "run/tensorboard").rglob("events*"))
+
+
+def test_the_official_file_is_written_on_request_and_goes_on(image_options, tmp_path):
+    first = Trainer(config_of(image_options, "--train.extra.save_pth=true", "--train.extra.keep_last=1"))
+    first.train()
+    (path,) = (tmp_path / "run/checkpoints").glob("epoch_*_step_4.pth")
+    content = torch.load(path, weights_only=True)
+    assert {"state_dict", "state_dict_ema", "optimizer", "scheduler", "epoch", "rng_state"} <= content.keys()
+    second = Trainer(config_of(image_options, f"--work_dir={tmp_path / 'other'}", f"--resume_from={path}"))
+    assert second.step == 4
+    assert_equal(weights(first), weights(second))
+    assert_equal(first.ema.average, second.ema.average)
+    state = [trainer.optimizer.state_dict()["state"] for trainer in (first, second)]
+    assert state[0].keys() == state[1].keys() and all(torch.equal(state[0][0][k], state[1][0][k]) for k in state[0][0])
