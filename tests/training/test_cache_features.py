@@ -2,6 +2,7 @@
 
 import json
 import random
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -102,6 +103,24 @@ def test_a_batch_from_the_cache_equals_one_computed_in_training(config, tmp_path
         length = int(prompts.mask[row].sum())
         assert sample.prompt_mask.tolist() == prompts.mask[row, :length].tolist() == [1] * length
         assert torch.equal(sample.prompt_embeds, prompts.embeds[row, :length])
+
+
+def test_records_of_shards_are_cached(small, tmp_path: Path) -> None:
+    folder, place = Path(small.data.data_dir[0]), tmp_path / "shards"
+    place.mkdir()
+    with tarfile.open(place / "00000.tar", "w") as tar:
+        for name in ("wide.png", "wide.txt", "tall.png", "tall.txt"):
+            tar.add(folder / name, name)
+    (place / "00000_VLM.json").write_text('{"tall": {"VLM": "owls"}}')
+    small.data.type, small.data.data_dir = "SanaWebDatasetMS", [str(place)]
+    assert cache_features(small, options(tmp_path)).computed == 2
+    plain, cached = build_dataset(small), cached_dataset(small, tmp_path)
+    autoencoder = build_autoencoder(small)
+    for index in range(2):
+        with torch.no_grad():
+            expected = autoencoder.encode(plain.load(index, random.Random(0)).image[None])[0]
+        assert torch.equal(cached.load(index, random.Random(0)).latents, expected)
+    assert FeatureCache(tmp_path / "features").get(cached.key(1), vae=False, text=True, caption="owls")
 
 
 def test_all_captions_of_an_image_are_cached(small, tmp_path: Path) -> None:
