@@ -139,9 +139,7 @@ def test_other_networks_are_refused(folder: Path) -> None:
     cache = FeatureCache(folder)
     cache.require(IDENTITIES)
     cache.require({"latents": {"image_size": 64}})
-    with pytest.raises(
-        DataError, match="cached latents in .* stale: image_size was 64 and is now 128; delete"
-    ):
+    with pytest.raises(DataError, match="cached latents in .* stale: image_size was 64 and is now 128; delete"):
         cache.require({"latents": {"weights": "a1", "image_size": 128}})
     with pytest.raises(DataError, match="cached text in .* stale: chi_prompt was 'Draw.' and is now ''"):
         FeatureWriter(folder, {"text": {"chi_prompt": "", "weights": "b2"}})
