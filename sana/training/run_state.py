@@ -132,17 +132,21 @@ def _resume_official(trainer: "Trainer", path: Path) -> None:
 
 
 def _find(trainer: "Trainer") -> Path | None:
-    """Which checkpoint to go on from: all processes get the main one's answer."""
-    config, found = trainer.config, None
-    asked = config.resume_from
-    if asked is None and isinstance(config.model.resume_from, dict):
-        asked = config.model.resume_from.get("checkpoint")
-    elif asked is None:
-        asked = config.model.resume_from
+    """Which checkpoint to go on from: the main process looks, all get its answer or its error."""
+    config = trainer.config
+    inner = config.model.resume_from
+    asked = config.resume_from or (inner.get("checkpoint") if isinstance(inner, dict) else inner)
+    found: Path | CheckpointError | None = None
     if trainer.parallel.is_main:
-        found = trainer.checkpoints.latest() if asked in (None, "latest", "") else Path(str(asked))
+        try:
+            named = asked and asked != "latest"
+            found = Path(str(asked)) if named else trainer.checkpoints.latest(thorough=True)
+        except CheckpointError as error:  # raised below, on every process
+            found = error
     found = trainer.parallel.gather(found)[0]
-    if asked not in (None, "", "latest") and not found.exists():
+    if isinstance(found, CheckpointError):
+        raise found
+    if found is not None and not found.exists():
         raise ConfigError(f"resume_from is {str(found)!r}, which does not exist; give a folder checkpoints/step_...")
     return found
 
