@@ -28,3 +28,18 @@ def test_state_round_trips():
     other.load_state_dict(ema.state_dict())
     assert other.updates == 1
     torch.testing.assert_close(other.average["weight"], ema.average["weight"])
+
+
+def test_the_average_is_applied_and_taken_back_bit_for_bit():
+    module = nn.Linear(3, 2)
+    ema = ExponentialMovingAverage(module)
+    before = module.weight.detach().clone()
+    average = ema.average["weight"].clone()
+    nn.init.normal_(module.weight)
+    own = module.weight.detach().clone()
+    try:
+        with ema.applied(module):
+            assert torch.equal(module.weight, before) and torch.equal(module.weight, average)
+            raise KeyError
+    except KeyError:
+        assert torch.equal(module.weight, own)
