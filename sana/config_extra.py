@@ -24,6 +24,8 @@ class DataExtra:
         broken_budget: how many different broken samples a process skips before it stops.
         feature_dir: folder of cached latents and text features (tools/cache_features.py).
         max_pixels: an image with more pixels is a broken sample (decompression bombs).
+        stream: tar shards are read from front to back as they arrive, instead of being fetched and indexed first.
+        stream_samples: of an epoch of a stream; 0: the wids-meta.json says.
     """
 
     remainder: str = "pad"
@@ -32,6 +34,8 @@ class DataExtra:
     broken_budget: int = 100
     feature_dir: Optional[str] = None
     max_pixels: int = 200_000_000
+    stream: bool = False
+    stream_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,12 @@ def data_extra(raw: Optional[Dict[str, Any]]) -> DataExtra:
     for key, allowed in (("remainder", REMAINDERS), ("order", ORDERS), ("caption_lines", ("first", "all"))):
         if getattr(extra, key) not in allowed:
             raise ConfigError(f"data.extra.{key} is {getattr(extra, key)!r}; allowed is {', '.join(allowed)}.")
-    if extra.max_pixels < 1 or extra.broken_budget < 0:
-        raise ConfigError("data.extra.max_pixels must be positive and data.extra.broken_budget not negative.")
+    if extra.max_pixels < 1 or extra.broken_budget < 0 or extra.stream_samples < 0:
+        raise ConfigError(
+            "data.extra.max_pixels must be positive, and data.extra.broken_budget and stream_samples not negative."
+        )
+    if extra.stream_samples and not extra.stream:
+        raise ConfigError("data.extra.stream_samples has no effect without data.extra.stream.")
     return extra
 
 

@@ -104,21 +104,22 @@ class StreamedShards(IterableDataset):
                 self.on_broken(sample)
         self.set_epoch(self.epoch + 1)
 
-    def _order(self) -> list[ShardEntry]:
+    def order(self) -> list[ShardEntry]:
+        """The shards in the order of the present epoch."""
         order = list(self.entries)
         if self.shuffle:
             random.Random(f"{self.seed} {self.epoch}").shuffle(order)
         return order
 
     def _records(self, reader: int, readers: int) -> Iterator[Record | DataError]:
-        order = self._order()
+        order = self.order()
         if len(order) >= readers:
             for entry in order[reader::readers]:
-                yield from _records_of(entry)
+                yield from records_of(entry)
             return
         number = 0
         for entry in order:
-            for record in _records_of(entry):
+            for record in records_of(entry):
                 if number % readers == reader:
                     yield record
                 number += 1
@@ -128,7 +129,7 @@ class StreamedShards(IterableDataset):
         return make_sample(record, self.options, bucket, random.Random(f"{self.seed} {self.epoch} {record.key}"))
 
 
-def _records_of(entry: ShardEntry) -> Iterator[Record | DataError]:
+def records_of(entry: ShardEntry) -> Iterator[Record | DataError]:
     """Yields the records of one shard; last the error that it broke off with, if any."""
     seen: set[str] = set()
     members: dict[str, bytes] = {}

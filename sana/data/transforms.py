@@ -125,3 +125,20 @@ def resize_and_crop_tensor(images: Tensor, width: int, height: int) -> Tensor:
     resized = functional.interpolate(images, size=covering, mode="bilinear", align_corners=False)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return resized[..., top : top + height, left : left + width].contiguous()
+
+
+def fit_to_factor(images: Tensor, factor: int) -> Tensor:
+    """Brings images to the nearest size whose sides are multiples of an autoencoder's factor.
+
+    The tables of 256 and 512 pixels have sides such as 144 and 304, which an autoencoder of factor 32 cannot encode;
+    the pipeline draws such a shape at the same nearest size.
+
+    Args:
+        images: (B, C, H, W), floating point.
+        factor: of pixels to latents along a side.
+
+    Returns:
+        (B, C, H', W'); the very same tensor when its size fits.
+    """
+    height, width = (max(1, (side + factor // 2) // factor) * factor for side in images.shape[-2:])
+    return resize_and_crop_tensor(images, width, height)

@@ -11,6 +11,9 @@ from sana.config_extra import TrainExtra, data_extra
 from sana.data import DATASETS
 from sana.data.feature_cache import FeatureCache
 from sana.data.loader import TrainingLoader
+from sana.data.shard_records import RecordOptions
+from sana.data.shard_stream import StreamedShards
+from sana.data.stream_loader import StreamLoader
 from sana.models import build_autoencoder, build_text_encoder, build_transformer
 from sana.models.autoencoder.base import Autoencoder
 from sana.models.text_encoder import PrecomputedTextEncoder, TextEncoder
@@ -21,6 +24,7 @@ from sana.training.objective import FlowObjective, NoiseOptions
 from sana.training.parallel import Parallel
 from sana.training.random_encoders import random_autoencoder, random_text_encoder
 from sana.training.scene_latents import SceneBatches
+from sana.utils.hub import resolve
 
 TRAINED_FAMILIES = ("SanaMS_", "SanaMS1.5_", "Sana_")  # Sprint's distillation and the ControlNet need other losses
 
@@ -60,6 +64,16 @@ def check_trainable(config: SanaConfig, extra: TrainExtra) -> None:
         raise ConfigError("train.extra.random_encoders is a test without real data; it cannot go with model.load_from.")
     if extra.train_text_encoder and config.data.load_text_feat:
         raise ConfigError("train.extra.train_text_encoder needs captions, but data.load_text_feat gives cached ones.")
+
+
+def require_start(config: SanaConfig) -> None:
+    """Fetches the weights to start from before anything is built, so that a missing one is told within seconds.
+
+    Raises:
+        FetchError: they cannot be had.
+    """
+    if source := config.model.load_from or config.load_from:
+        resolve(source, kind="any")
 
 
 def build_networks(config: SanaConfig, extra: TrainExtra) -> Networks:
@@ -126,6 +140,8 @@ def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, networ
             networks.autoencoder, train.train_batch_size, pool_size=extra.pool_size, refresh=extra.refresh,
             seed=train.seed, rank=parallel.rank, dtype=parallel.mixed_precision, show_progress=parallel.is_main,
         )  # fmt: skip
+    if options.stream:
+        return build_stream(config, parallel)
     cached = options.feature_dir if data.load_vae_feat or data.load_text_feat else None
     if cached:
         require_features(
@@ -151,5 +167,33 @@ def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, networ
     return TrainingLoader(
         dataset, train.train_batch_size, seed=train.seed, remainder=options.remainder, order=options.order,
         rank=parallel.rank, world_size=parallel.world_size, num_workers=train.num_workers,
+        broken_budget=options.broken_budget, pin_memory=parallel.device.type == "cuda",
+    )  # fmt: skip
+
+
+def build_stream(config: SanaConfig, parallel: Parallel) -> StreamLoader:
+    """Returns batches of shards that are read as they arrive (`data.extra.stream`).
+
+    Raises:
+        ConfigError: an option that has no effect on a stream.
+        DataError: there are no shards, or the length of an epoch is not known.
+    """
+    data, train, options = config.data, config.train, data_extra(config.data.extra)
+    if not data.type.startswith("SanaWebDataset"):
+        raise ConfigError(f"data.extra.stream is true and data.type {data.type!r}; only SanaWebDataset is streamed.")
+    if options.feature_dir or options.order == "official":
+        key = "feature_dir" if options.feature_dir else "order: official"
+        raise ConfigError(f"data.extra.{key} needs random access; it cannot go with data.extra.stream.")
+    records = RecordOptions(
+        config.model.image_size, config.model.aspect_ratio_type, config.model.multi_scale, data.transform,
+        data.clip_thr, data.clip_thr_temperature, options.caption_lines, options.max_pixels,
+        data.load_vae_feat, data.load_text_feat,
+    )  # fmt: skip
+    shards = StreamedShards(
+        [folder for folder in data.data_dir if folder], records, rank=parallel.rank, world_size=parallel.world_size,
+        seed=train.seed, shuffle=options.order == "shuffled",
+    )  # fmt: skip
+    return StreamLoader(
+        shards, train.train_batch_size, samples=options.stream_samples or None, num_workers=train.num_workers,
         broken_budget=options.broken_budget, pin_memory=parallel.device.type == "cuda",
     )  # fmt: skip

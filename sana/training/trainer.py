@@ -14,9 +14,17 @@ from sana.config import ConfigError, SanaConfig
 from sana.config_extra import train_extra
 from sana.data.collate import Batch
 from sana.data.sample import DataError
+from sana.data.transforms import fit_to_factor
 from sana.models.layers.finite import first_nonfinite_layer
 from sana.training import run_state
-from sana.training.build import build_data, build_networks, build_objective, check_trainable, noise_options
+from sana.training.build import (
+    build_data,
+    build_networks,
+    build_objective,
+    check_trainable,
+    noise_options,
+    require_start,
+)
 from sana.training.checkpoints import Checkpoints, check_writable
 from sana.training.ema import ExponentialMovingAverage
 from sana.training.lr_scheduler import build_lr_scheduler
@@ -50,6 +58,7 @@ class Trainer:
         check_trainable(config, self.extra)
         self.work_dir = Path(config.work_dir)
         check_writable(self.work_dir)
+        require_start(config)
         self.parallel = Parallel(config.model.mixed_precision, use_fsdp=config.train.use_fsdp)
         seed_everything(config.train.seed)  # every process starts from the same weights
         self.networks = build_networks(config, self.extra)
@@ -150,8 +159,9 @@ class Trainer:
         """Scaled latents (B, C, h, w) fp32: cached ones, or those of the autoencoder."""
         if batch.latents is not None:
             return batch.latents.float()
-        assert self.networks.autoencoder is not None and batch.images is not None
-        return self.networks.autoencoder.encode(batch.images).float()
+        autoencoder = self.networks.autoencoder
+        assert autoencoder is not None and batch.images is not None
+        return autoencoder.encode(fit_to_factor(batch.images, autoencoder.downsample_factor)).float()
 
     def encode_prompts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Text features (B, L, C) and mask (B, L); none where the text encoder is trained: it gets the captions."""
