@@ -148,7 +148,9 @@ class DCAETrainer:
 
     def train_step(self, images: Tensor, fraction: float) -> dict[str, Tensor | float]:
         """One step of the autoencoder, its average, then one of the discriminator. Returns what the log shows."""
-        options, lr = self.options, self.options.lr * lr_factor(self.step, fraction)
+        options = self.options
+        warmup = max(1, min(100, options.steps // 10))
+        lr = options.lr * lr_factor(self.step, fraction, warmup_steps=warmup)
         _set_lr(self.optimizers, lr)
         seed_everything(_seed(options.seed, self.step, self.parallel.rank))
         adversarial = self.discriminator is not None and self.step >= options.gan_start
