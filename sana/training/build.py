@@ -11,6 +11,7 @@ from sana.config_extra import TrainExtra, data_extra
 from sana.data import DATASETS
 from sana.data.feature_cache import FeatureCache
 from sana.data.loader import TrainingLoader
+from sana.data.sample import Dataset
 from sana.data.shard_records import RecordOptions
 from sana.data.shard_stream import StreamedShards
 from sana.data.stream_loader import StreamLoader
@@ -147,7 +148,31 @@ def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, networ
         require_features(
             config, FeatureCache(cached), autoencoder=networks.autoencoder, text_encoder=networks.text_encoder
         )
-    dataset = DATASETS[data.type](
+    dataset = build_dataset(config, latents=data.load_vae_feat, text=data.load_text_feat, feature_dir=cached)
+    return TrainingLoader(
+        dataset, train.train_batch_size, seed=train.seed, remainder=options.remainder, order=options.order,
+        rank=parallel.rank, world_size=parallel.world_size, num_workers=train.num_workers,
+        broken_budget=options.broken_budget, pin_memory=parallel.device.type == "cuda",
+    )  # fmt: skip
+
+
+def build_dataset(
+    config: SanaConfig, *, latents: bool = False, text: bool = False, feature_dir: str | None = None
+) -> Dataset:
+    """Builds the data set of a configuration.
+
+    Args:
+        config: sections data and model.
+        latents: cached latents are read instead of images.
+        text: cached text features are read.
+        feature_dir: where they are; None: beside the images.
+
+    Raises:
+        ConfigError: an unknown `data.type`.
+        DataError: there is no usable data; names the folder.
+    """
+    data, options = config.data, data_extra(config.data.extra)
+    return DATASETS[data.type](
         data_dir=[folder for folder in data.data_dir if folder],
         image_size=config.model.image_size,
         aspect_ratio_type=config.model.aspect_ratio_type,
@@ -160,15 +185,10 @@ def build_data(config: SanaConfig, extra: TrainExtra, parallel: Parallel, networ
         sort_dataset=data.sort_dataset,
         caption_lines=options.caption_lines,
         max_pixels=options.max_pixels,
-        load_vae_feat=data.load_vae_feat,
-        load_text_feat=data.load_text_feat,
-        feature_dir=cached,
+        load_vae_feat=latents,
+        load_text_feat=text,
+        feature_dir=feature_dir,
     )
-    return TrainingLoader(
-        dataset, train.train_batch_size, seed=train.seed, remainder=options.remainder, order=options.order,
-        rank=parallel.rank, world_size=parallel.world_size, num_workers=train.num_workers,
-        broken_budget=options.broken_budget, pin_memory=parallel.device.type == "cuda",
-    )  # fmt: skip
 
 
 def build_stream(config: SanaConfig, parallel: Parallel) -> StreamLoader:

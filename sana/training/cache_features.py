@@ -26,6 +26,7 @@ from sana.data.sample import BrokenSampleError, DataError, Dataset
 from sana.data.transforms import fit_to_factor
 from sana.models import build_autoencoder, build_text_encoder
 from sana.models.autoencoder.base import Autoencoder
+from sana.training.build import build_dataset
 from sana.training.feature_identity import AnyTextEncoder, latents_identity, text_identity
 from sana.utils.distributed import is_main_process, local_rank, rank, share
 from sana.utils.logging import get_logger
@@ -102,6 +103,9 @@ def cache_features(config: SanaConfig, options: CacheOptions, dataset: Dataset |
     """
     if not (options.latents or options.text):
         raise ConfigError("Nothing to do: neither latents nor text features are wanted.")
+    if config.data.type not in DATASETS:
+        known = ", ".join(sorted(DATASETS))
+        raise ConfigError(f"data.type is {config.data.type!r}; features can be cached of {known}.")
     data = build_dataset(config) if dataset is None else dataset
     device = torch.device(options.device or (f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"))
     text_dtype = options.text_dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -126,30 +130,6 @@ def cache_features(config: SanaConfig, options: CacheOptions, dataset: Dataset |
             for batch in _batches(same_bucket, options.batch_size):
                 encoder.add(batch)
     return encoder.summary
-
-
-def build_dataset(config: SanaConfig) -> Dataset:
-    """Builds the configuration's data set without cached features."""
-    data, extra = config.data, data_extra(config.data.extra)
-    if data.type not in DATASETS:
-        raise ConfigError(f"data.type is {data.type!r}; features can be cached of {', '.join(sorted(DATASETS))}.")
-    return DATASETS[data.type](
-        data_dir=[folder for folder in data.data_dir if folder],
-        image_size=config.model.image_size,
-        aspect_ratio_type=config.model.aspect_ratio_type,
-        multi_scale=config.model.multi_scale,
-        transform=data.transform,
-        external_caption_suffixes=data.external_caption_suffixes,
-        external_clipscore_suffixes=data.external_clipscore_suffixes,
-        clip_thr=data.clip_thr,
-        clip_thr_temperature=data.clip_thr_temperature,
-        sort_dataset=data.sort_dataset,
-        caption_lines=extra.caption_lines,
-        max_pixels=extra.max_pixels,
-        load_vae_feat=False,
-        load_text_feat=False,
-        feature_dir=None,
-    )
 
 
 class _Reader(TorchDataset):

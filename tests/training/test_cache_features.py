@@ -17,7 +17,8 @@ from sana.data.sample import BrokenSampleError, DataError, Sample
 from sana.models import build_autoencoder, build_text_encoder
 from sana.models.autoencoder.base import Autoencoder
 from sana.training import cache_features as module
-from sana.training.cache_features import CacheOptions, build_dataset, cache_features
+from sana.training.build import build_dataset
+from sana.training.cache_features import CacheOptions, cache_features
 from sana.training.feature_identity import latents_identity, require_features, text_identity, weights_hash
 
 SIZES = {"wide": (40, 100), "square": (70, 70), "tall": (120, 50), "more/square": (64, 66), "more/wide": (50, 130)}
