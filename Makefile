@@ -10,7 +10,12 @@ PYTHON := .venv/bin/python
 SETUP := ./environment_setup.sh
 endif
 WORKERS ?= 2
-MINUTES ?= 60
+SEED ?= 0
+DCAE_STEPS ?= 1100
+STEPS ?= 4000
+TINY ?= output/tiny
+TINY_OPTIONS ?=
+DCAE_OPTIONS ?=
 RUN := PATH="$(dir $(abspath $(shell command -v $(PYTHON) || echo $(PYTHON)))):$$PATH"
 
 .PHONY: help ready demo test lint train-tiny bench
@@ -19,7 +24,7 @@ help:
 	@echo "make demo        pictures by the bundled model, on the CPU, without a network"
 	@echo "make test        install, then run the whole test suite (WORKERS=$(WORKERS))"
 	@echo "make lint        ruff, its formatter, and mypy"
-	@echo "make train-tiny  train the bundled model anew (MINUTES=$(MINUTES) for each of its stages)"
+	@echo "make train-tiny  train the bundled model anew (steps: DCAE_STEPS=$(DCAE_STEPS), STEPS=$(STEPS); SEED=$(SEED))"
 	@echo "make bench       time and memory of the bundled model"
 
 ready:
@@ -38,17 +43,17 @@ lint: ready
 	$(PYTHON) -m mypy
 
 # The autoencoder, then an untrained text encoder, then the transformer together with the text encoder. A stopped stage
-# goes on from its folder. On a GPU the trainers use it; on a CPU, WORKERS processes of one thread each.
+# goes on from its folder. On a GPU the trainers use it; on a CPU, WORKERS processes of one thread each. The lengths are
+# numbers of steps, so the same SEED and WORKERS give the same weights on the same machine.
 train-tiny: ready
-	$(RUN) OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=$(WORKERS) \
-	    train_scripts/train_dcae.py --work_dir=output/tiny/dcae --minutes=$(MINUTES)
-	[ -e output/tiny/text_encoder/config.json ] || \
-	    $(PYTHON) train_scripts/create_text_encoder.py output/tiny/text_encoder
-	$(RUN) bash train_scripts/train.sh configs/sana_config/tiny/Sana_tiny_img256.yaml --np=$(WORKERS) \
-	    --vae.vae_pretrained=output/tiny/dcae/vae --text_encoder.text_encoder_name=output/tiny/text_encoder \
-	    --train.early_stop_hours=$(shell awk "BEGIN {print $(MINUTES) / 60}") --work_dir=output/tiny/sana
-	cp -r output/tiny/dcae/vae output/tiny/sana/model/
-	@echo "the model: output/tiny/sana/model; its score: $(PYTHON) tools/score_scenes.py --model output/tiny/sana/model"
+	$(RUN) OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=$(WORKERS) train_scripts/train_dcae.py \
+	    --work_dir=$(TINY)/dcae --steps=$(DCAE_STEPS) --seed=$(SEED) $(DCAE_OPTIONS)
+	[ -e $(TINY)/text_encoder/config.json ] || $(PYTHON) train_scripts/create_text_encoder.py $(TINY)/text_encoder
+	$(RUN) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 bash train_scripts/train.sh configs/sana_config/tiny/Sana_tiny_img256.yaml \
+	    --np=$(WORKERS) --vae.vae_pretrained=$(TINY)/dcae/vae --text_encoder.text_encoder_name=$(TINY)/text_encoder \
+	    --train.seed=$(SEED) --train.extra.max_steps=$(STEPS) --work_dir=$(TINY)/sana $(TINY_OPTIONS)
+	rm -rf $(TINY)/sana/model/vae && cp -r $(TINY)/dcae/vae $(TINY)/sana/model/
+	@echo "the model: $(TINY)/sana/model; its score: $(PYTHON) tools/score_scenes.py --model $(TINY)/sana/model"
 
 bench: ready
 	HF_HUB_OFFLINE=1 $(PYTHON) tools/benchmark.py

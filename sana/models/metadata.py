@@ -139,9 +139,23 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], strings: Mapping[
     try:
         plain = {key: t.detach().to("cpu").contiguous().clone() for key, t in state.items()}
         save_file(plain, temporary, metadata=dict(strings or {"format": "pt"}))
+        _sort_strings(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sort_strings(path: Path) -> None:
+    """Puts the strings in a file's header in order: the library writes them in a random one, and equal weights with
+    equal strings shall be equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(content) <= length:  # spaces fill it up, as the format has it; else the order stays as it is
+            file.seek(8)
+            file.write(content.ljust(length))
 
 
 def read_file_metadata(path: Path) -> CheckpointMetadata | None:

@@ -34,6 +34,12 @@ def test_a_checkpoint_may_be_stored_in_another_dtype(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "m.pth", tiny_state(), tiny_metadata())
 
 
+def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
+    files = [save_checkpoint(tmp_path / f"{n}.safetensors", tiny_state(), tiny_metadata()) for n in range(4)]
+    assert len({file.read_bytes() for file in files}) == 1
+    assert_same(load_file(files[0]), tiny_state())
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "m.safetensors", STATE, tiny_metadata())
     before = path.read_bytes()
