@@ -206,9 +206,10 @@ def descendants(pid: int) -> list[int]:
 
 
 def environment() -> dict[str, str]:
+    """That of this process, with this Python first, one thread, no network, and no GPU: there may be one for two."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     fixed = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **fixed, "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **fixed, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def torchrun(*arguments: str, processes: int = 2) -> list[str]:
@@ -306,6 +307,7 @@ def _serve() -> None:
     import sana.training.trainer  # noqa: F401  so that forked processes need not
 
     torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # type: ignore[assignment]  # a killed process loses nothing that the kernel has
     new_modules = tempfile.TemporaryFile("a+")  # names, one a line, written by forked processes that end well
     for line in sys.stdin:
         request = json.loads(line)
