@@ -27,6 +27,7 @@ NOT_OURS = (
     "pip",
     "export",
     "mkdir",
+    "cp",
     "apt-get",
     "sudo",
 )

@@ -9,7 +9,13 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
-from sana.data.transforms import bucket_transform, get_transform, picture_to_tensor, resize_and_crop_tensor
+from sana.data.transforms import (
+    bucket_transform,
+    fit_to_factor,
+    get_transform,
+    picture_to_tensor,
+    resize_and_crop_tensor,
+)
 
 sides = st.integers(1, 40)
 
@@ -104,3 +110,14 @@ def test_a_line_is_not_blown_up() -> None:
 def test_an_unknown_transform_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="Unknown transform 'default_trian'.*default_train"):
         get_transform("default_trian")
+
+
+def test_images_fit_an_autoencoder() -> None:
+    images = torch.rand(2, 3, 304, 208)
+    fitted = fit_to_factor(images, 32)
+    assert fitted.shape == (2, 3, 320, 224)
+    assert fit_to_factor(fitted, 32) is fitted
+    assert fit_to_factor(torch.rand(1, 3, 8, 150), 32).shape == (1, 3, 32, 160)
+    torch.testing.assert_close(
+        fit_to_factor(torch.full((1, 3, 144, 400), 0.25), 32), torch.full((1, 3, 160, 416), 0.25)
+    )

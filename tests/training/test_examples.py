@@ -101,6 +101,41 @@ def test_images_of_every_bucket_reach_the_autoencoder(tiny_options, tmp_path):
     assert len(shapes) > 3 and any(side % 32 for shape in shapes for side in shape)
 
 
+def test_a_stream_of_shards_trains_and_resumes_exactly(tiny_options, tmp_path):
+    """Through the trainer: the state of half-filled buckets is part of a checkpoint."""
+    _, *options = SHARDS
+    options = [*tiny_options, *options, "--data.extra.stream=true", "--train.train_batch_size=2"]
+
+    def trainer(folder, *more):
+        return Trainer(load_config(TINY_YAML, [*options, f"--work_dir={tmp_path / folder}", *more]))
+
+    whole = trainer("whole")
+    assert whole.data.len_epoch == 6
+    whole.train()
+    broken = trainer("broken", "--train.save_model_steps=2")
+    broken.total_steps = 2
+    broken.train()
+    resumed = trainer("broken")
+    assert resumed.step == 2 and any(resumed.data.state_dict()["waiting"].values())
+    resumed.train()
+    for first, second in zip(whole.objective.parameters(), resumed.objective.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--data.type=SanaImgDataset", "--data.data_dir=[asset/example_data]"], "only SanaWebDataset is streamed"),
+        (["--data.extra.order=official"], "order: official needs random access"),
+        (["--data.extra.stream=false", "--data.extra.stream_samples=9"], "has no effect without data.extra.stream"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(tiny_options, more, said):
+    _, *options = SHARDS
+    with pytest.raises(ConfigError, match=said):
+        Trainer(load_config(TINY_YAML, [*tiny_options, *options, "--data.extra.stream=true", *more]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [FOLDER, SHARDS], ids=["folder", "shards"])
 def test_the_example_runs_halve_the_loss(arguments, tmp_path):
