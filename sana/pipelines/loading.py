@@ -108,9 +108,12 @@ def source_config(source: ModelSource) -> SanaConfig:
 
 
 def _beside(folder: Path, name: str) -> str:
-    """A path relative to the model's folder as an absolute one; any other name unchanged."""
-    inside = folder / name
-    return str(inside) if name and not Path(name).is_absolute() and inside.exists() else name
+    """A path relative to the model's folder as an absolute one; so too an absolute one that is gone, where a copy of
+    its last part lies there. Any other name is unchanged."""
+    path = Path(name)
+    gone = path.is_absolute() and not path.exists()
+    inside = folder / (path.name if gone else name)
+    return str(inside) if name and inside.exists() else name
 
 
 def load_transformer(source: ModelSource, config: SanaConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -32,6 +32,17 @@ def test_the_same_seed_gives_the_same_file(tiny_options, tmp_path):
     assert trained("--train.seed=2")["model.safetensors"] != first["model.safetensors"]
 
 
+def test_an_autoencoder_copied_beside_a_model_travels_with_it(tiny_options, vae_folder, tmp_path):
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    options = [*tiny_options, f"--vae.vae_pretrained={tmp_path / 'vae'}", "--train.extra.max_steps=1"]
+    Trainer(load_config(TINY_YAML, options)).train()
+    shutil.copytree(tmp_path / "vae", tmp_path / "run/model/vae")
+    shutil.rmtree(tmp_path / "vae")
+    shutil.move(tmp_path / "run/model", tmp_path / "elsewhere")
+    pipeline = SanaPipeline.from_pretrained(tmp_path / "elsewhere")
+    assert pipeline("a red cat", height=64, width=64, num_inference_steps=1, progress_bar=False).shape == (1, 3, 64, 64)
+
+
 @pytest.mark.slow
 def test_make_train_tiny_twice(tmp_path):
     """A few steps of every stage, on two processes, in one place: the place is written into the files."""
