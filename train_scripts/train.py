@@ -6,8 +6,9 @@ Exit codes: 0 done, 1 the training failed, 2 wrong arguments or configuration, 1
 
 import sys
 
-from sana.config import ConfigError, load_config
-from sana.registry import UnknownNameError
+from sana.config import load_config
+from sana.pipelines.command import OK, USAGE, run_command
+from sana.utils.distributed import is_main_process
 from sana.utils.logging import setup_logging
 
 
@@ -17,24 +18,22 @@ def main(arguments: list[str]) -> int:
     path = path or next((a.split("=", 1)[1] for a in arguments if a.startswith("--config_path=")), None)
     if path is None or {"--help", "-h"} & set(arguments):
         print(__doc__, file=sys.stderr)
-        return 0 if {"--help", "-h"} & set(arguments) else 2
-    setup_logging()
-    overrides = [a for a in arguments if a.startswith("--") and not a.startswith("--config_path=")]
-    try:
-        config = load_config(path, overrides)
+        return OK if {"--help", "-h"} & set(arguments) else USAGE
+
+    def work() -> int:
+        setup_logging()
+        config = load_config(path, [a for a in arguments if a.startswith("--") and not a.startswith("--config_path=")])
         from sana.training.trainer import StoppedBySignal, Trainer  # takes seconds: a typo is told before
 
-        Trainer(config).train()
-    except (ConfigError, UnknownNameError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:  # data, checkpoints, downloads, a full disk, a diverged run
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except StoppedBySignal as stop:
-        print(stop, file=sys.stderr)
-        return stop.exit_code
-    return 0
+        try:
+            Trainer(config).train()
+        except StoppedBySignal as stop:
+            if is_main_process():
+                print(stop, file=sys.stderr)
+            return stop.exit_code
+        return OK
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,28 @@
 """How a command ends: one sentence on standard error and a documented exit code. No command's work is here."""
 
 import sys
+import time
 import traceback
 from collections.abc import Callable
+
+from sana.utils.distributed import rank
 
 OK = 0
 FAILURE = 1  # the work could not be done: weights, network, disk, a network that diverges
 USAGE = 2  # what was asked for cannot be: an option, a prompt file, a config
 INTERRUPTED = 130
+PATIENCE_SECONDS = 4.0
+FORESEEN = (  # by name: importing their homes takes seconds
+    "CheckpointError", "CheckpointWriteError", "DataError", "FetchError", "NonFiniteError", "OutOfMemoryError",
+    "TextEncoderError", "TrackerError", "TrainingDivergedError",
+)  # fmt: skip
 
 
 def run_command(work: Callable[[], int | None], *, debug: bool = False) -> int:
     """Runs a command's work and turns errors that a user can act on into one sentence and an exit code.
 
-    Errors nobody foresaw keep their traceback (and Python's exit code 1).
+    Errors nobody foresaw keep their traceback (and Python's exit code 1). Of several processes that fail alike only the
+    main one is heard: the others wait a moment, in which torchrun ends them; one that fails alone then speaks.
 
     Args:
         work: returns an exit code or None for success.
@@ -31,6 +40,8 @@ def run_command(work: Callable[[], int | None], *, debug: bool = False) -> int:
         code = exit_code(error)
         if code is None:
             raise
+        if rank():
+            time.sleep(PATIENCE_SECONDS)
         if debug:
             traceback.print_exc()
         sys.stderr.write(f"error: {one_sentence(error)}\n")
@@ -41,8 +52,7 @@ def exit_code(error: Exception) -> int | None:
     """Returns the exit code of a foreseen error, None for any other."""
     if isinstance(error, ValueError):
         return USAGE
-    foreseen = ("CheckpointError", "FetchError", "TextEncoderError", "NonFiniteError", "DataError", "OutOfMemoryError")
-    if isinstance(error, OSError | MemoryError) or any(kind.__name__ in foreseen for kind in type(error).__mro__):
+    if isinstance(error, OSError | MemoryError) or any(kind.__name__ in FORESEEN for kind in type(error).__mro__):
         return FAILURE
     return None
 
