@@ -11,7 +11,7 @@ OK = 0
 FAILURE = 1  # the work could not be done: weights, network, disk, a network that diverges
 USAGE = 2  # what was asked for cannot be: an option, a prompt file, a config
 INTERRUPTED = 130
-PATIENCE_SECONDS = 4.0
+PATIENCE_SECONDS = 8.0  # a process needs some to end, on a busy machine
 FORESEEN = (  # by name: importing their homes takes seconds
     "CheckpointError", "CheckpointWriteError", "DataError", "FetchError", "NonFiniteError", "OutOfMemoryError",
     "TextEncoderError", "TrackerError", "TrainingDivergedError",

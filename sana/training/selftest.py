@@ -189,7 +189,8 @@ class SelfTest:
 
     def checkpointing(self) -> Found:
         """Gradient checkpointing changes neither the loss nor the gradient."""
-        transformer, results = self.trainer.networks.transformer, []
+        transformer: Any = self.trainer.networks.transformer
+        results = []
         before = transformer.gradient_checkpointing
         try:
             for transformer.gradient_checkpointing in (False, True):
@@ -354,12 +355,14 @@ class SelfTest:
         return told, {"loss_difference": loss, "gradient_difference": error}
 
     def _cut(self, captions: list[str]) -> int:
-        text = self.trainer.networks.text_encoder
-        if not hasattr(text, "tokenizer"):
+        tokenizer = getattr(self.trainer.networks.text_encoder, "tokenizer", None)
+        if tokenizer is None:
             return 0
-        options = self.config.text_encoder
-        lengths = {"chi_prompt": options.chi_prompt, "model_max_length": options.model_max_length}
-        return sum(count_dropped_tokens(text.tokenizer, caption, **lengths) > 0 for caption in captions)
+        chi, length = self.config.text_encoder.chi_prompt, self.config.text_encoder.model_max_length
+        dropped = [
+            count_dropped_tokens(tokenizer, caption, chi_prompt=chi, model_max_length=length) for caption in captions
+        ]
+        return sum(count > 0 for count in dropped)
 
 
 CHECKS: dict[str, Callable[[SelfTest], Found]] = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -68,8 +68,9 @@ def gradients(trainer: "Trainer", batches: list[Batch]) -> Gradients | None:
     names = ("optimizer", "scheduler", "ema", "step", "samples")
     before, count = {name: getattr(trainer, name) for name in names}, trainer.guard.count
     recorder = _Recorder(trainer)
-    trainer.optimizer, trainer.scheduler, trainer.ema, trainer.samples = recorder, _Idle(), None, 0
     try:
+        for name, value in (("optimizer", recorder), ("scheduler", _Idle()), ("ema", None), ("samples", 0)):
+            setattr(trainer, name, value)
         trainer.train_step(batches)
     finally:
         for name, value in before.items():
@@ -111,14 +112,16 @@ def digest(trainer: "Trainer") -> str:
 def part(batch: Batch, first: int, end: int) -> Batch:
     """The images `first` to `end` of a batch."""
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{k: v[first:end] for k, v in values.items() if isinstance(v, list | Tensor)})
+    cut: dict[str, Any] = {k: v[first:end] for k, v in values.items() if isinstance(v, list | Tensor)}
+    return replace(batch, **cut)
 
 
 def joined(first: Batch, second: Batch) -> Batch:
     """Two batches of one shape as one."""
     values = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(first)}
-    lists = {name: [*a, *b] for name, (a, b) in values.items() if isinstance(a, list)}
-    return replace(first, **lists, **{name: torch.cat(v) for name, v in values.items() if isinstance(v[0], Tensor)})
+    both: dict[str, Any] = {name: [*a, *b] for name, (a, b) in values.items() if isinstance(a, list)}
+    both |= {name: torch.cat(pair) for name, pair in values.items() if isinstance(pair[0], Tensor)}
+    return replace(first, **both)
 
 
 def chunks(batches: Sequence[Batch]) -> list[Batch]:
