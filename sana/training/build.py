@@ -109,7 +109,9 @@ def build_objective(config: SanaConfig, extra: TrainExtra, networks: Networks) -
     if extra.train_text_encoder:
         assert isinstance(text, TextEncoder)
         text.model.requires_grad_(True).train()
-        captions = CaptionEncoder(text.tokenizer, text.model, text.chi_prompt, text.model_max_length)
+        captions = CaptionEncoder(
+            text.tokenizer, text.model, text.chi_prompt, text.model_max_length, sharded=config.train.use_fsdp
+        )
     return FlowObjective(
         networks.transformer, flow_shift=config.scheduler.flow_shift, captions=captions, compile=extra.compile
     )  # fmt: skip

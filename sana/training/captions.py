@@ -18,10 +18,14 @@ class CaptionEncoder(nn.Module):
         model: decoder whose last hidden state is the embedding.
         chi_prompt: lines of the instruction that precedes each caption.
         model_max_length: tokens of the window at most.
+        sharded: the model must be called equally often by all processes, whether captions are dropped or not.
     """
 
-    def __init__(self, tokenizer: Any, model: nn.Module, chi_prompt: list[str], model_max_length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, model: nn.Module, chi_prompt: list[str], model_max_length: int, *, sharded: bool = False
+    ) -> None:
         super().__init__()
+        self.sharded = sharded
         self.tokenizer, self.model, self.model_max_length = tokenizer, model, model_max_length
         self.chi = "\n".join(chi_prompt)
         self.window_start = max(1, len(tokenizer.encode(self.chi)) - 1) if self.chi else 1
@@ -36,7 +40,7 @@ class CaptionEncoder(nn.Module):
         )
         embeds = self._window(self._hidden(tokens))
         mask = self._window(tokens.attention_mask)
-        if dropped.any():
+        if self.sharded or dropped.any():
             tokens = self.tokenizer(
                 [""], padding="max_length", truncation=True, max_length=embeds.shape[1], return_tensors="pt"
             ).to(device)

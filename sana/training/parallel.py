@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from sana.config import ConfigError
 
@@ -167,3 +167,8 @@ class Parallel:
             set_optimizer_state_dict(self.module, optimizer, state)
         else:
             optimizer.load_state_dict(state)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before FSDP gave it a class derived from it."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))

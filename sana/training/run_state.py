@@ -19,6 +19,7 @@ from sana.training.official_pth import (
     official_name,
     save_official_pth,
 )
+from sana.training.parallel import own_class
 from sana.utils.dtype import parse_dtype
 from sana.utils.logging import get_logger
 from sana.utils.seed import seed_everything
@@ -183,7 +184,7 @@ def _check_fits(trainer: "Trainer", shared: dict[str, Any], path: Path) -> None:
 
 def _arch(trainer: "Trainer") -> dict[str, Any]:
     transformer = trainer.networks.transformer
-    return {"class": type(transformer).__name__, "kwargs": transformer.init_kwargs}
+    return {"class": own_class(transformer).__name__, "kwargs": transformer.init_kwargs}
 
 
 def _full_weights(trainer: "Trainer") -> dict[str, torch.Tensor]:
@@ -240,8 +241,10 @@ def _write_export(trainer: "Trainer", folder: Path, full: dict[str, torch.Tensor
     own = {key.removeprefix("transformer."): value for key, value in full.items() if key.startswith("transformer.")}
     save_checkpoint(folder / "model.safetensors", own, metadata, dtype=dtype)
     if text is not None:
-        stored = copy.deepcopy(text.model).cpu()  # casting the live model would cut DDP's gradient hooks
+        with torch.device("meta"):  # the live model trains on, maybe in shards; no random number is drawn
+            stored = own_class(text.model)(copy.deepcopy(text.model.config))
         prefix = "captions.model."
-        stored.load_state_dict({k.removeprefix(prefix): v for k, v in full.items() if k.startswith(prefix)})
-        stored.to(dtype).save_pretrained(folder / "text_encoder")
+        weights = {k.removeprefix(prefix): v.to(dtype) for k, v in full.items() if k.startswith(prefix)}
+        stored.load_state_dict(weights, assign=True)
+        stored.save_pretrained(folder / "text_encoder")
         text.tokenizer.save_pretrained(folder / "text_encoder")

@@ -88,12 +88,15 @@ class SceneBatches:
     def state_dict(self) -> dict[str, Any]:
         """Everything, the latents included: an entry redrawn is never seen again, so it cannot be made anew."""
         return {
-            "batches": self.batches, "drawn": self.drawn, "next_slot": self.next_slot,
+            "scene_seed": self.scene_seed, "batches": self.batches, "drawn": self.drawn, "next_slot": self.next_slot,
             "generator": self.generator.get_state(), "latents": self.latents, "captions": self.captions,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches, self.drawn, self.next_slot = state["batches"], state["drawn"], state["next_slot"]
+        self.batches, self.drawn = state["batches"], state["drawn"]
+        if state.get("scene_seed", self.scene_seed) != self.scene_seed:
+            return  # another process's: this one has joined, and fills a pool of its own
+        self.next_slot = state["next_slot"]
         self.generator.set_state(state["generator"])
         self.latents, self.captions = state["latents"], list(state["captions"])
         self.pool_size = len(self.captions) or self.pool_size

@@ -308,12 +308,12 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # a killed process loses nothing that the kernel has
-    new_modules = tempfile.TemporaryFile("a+")  # names, one a line, written by forked processes that end well
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = {"code": _wait(**request)} if "wait" in request else {"pids": _fork(new_modules, **request)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+    with tempfile.TemporaryFile("a+") as new_modules:  # names, one a line, written by forked processes that end well
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer = {"code": _wait(**request)} if "wait" in request else {"pids": _fork(new_modules, **request)}
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
 
 
 def _wait(wait: int, seconds: float, codes: dict[int, int] = {}) -> int | None:  # noqa: B006  kept between calls
@@ -347,7 +347,7 @@ def _fork(new_modules: TextIO, job: dict[str, Any], world_size: int, output: lis
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            nothing, file = os.open(os.devnull, os.O_RDONLY), os.open(output[rank], os.O_WRONLY | os.O_CREAT, 0o666)
+            nothing, file = os.open(os.devnull, os.O_RDONLY), os.open(output[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             for source, target in ((nothing, 0), (file, 1), (file, 2)):
                 os.dup2(source, target)
             if world_size > 1:

@@ -20,10 +20,8 @@ def first_nonfinite_layer(model: nn.Module, *args: Any, **kwargs: Any) -> str | 
         The module's name; "inputs" if an input is not finite already; the parameter's name if a weight of that module
         is the cause, as "blocks.3.attn.qkv.weight"; None if everything is finite.
     """
-    if not _finite((args, kwargs)):
-        return "inputs"
+    found = [] if _finite((args, kwargs)) else ["inputs"]  # it is run all the same: a sharded model runs on all or none
     names = {module: name or type(model).__name__ for name, module in model.named_modules()}
-    found: list[str] = []
 
     def watch(module: nn.Module, inputs: Any, output: Any) -> None:
         if not found and not _finite(output):
@@ -40,7 +38,8 @@ def first_nonfinite_layer(model: nn.Module, *args: Any, **kwargs: Any) -> str | 
 
 
 def _blame(module: nn.Module, name: str) -> str:
-    bad = [key for key, weight in module.named_parameters() if not torch.isfinite(weight).all()]
+    local = {key: getattr(weight, "to_local", lambda w=weight: w)() for key, weight in module.named_parameters()}
+    bad = [key for key, weight in local.items() if not torch.isfinite(weight).all()]
     return f"{name}.{bad[0]}" if bad else name
 
 
