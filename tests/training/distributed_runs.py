@@ -9,6 +9,7 @@ import atexit
 import functools
 import importlib
 import json
+import math
 import os
 import runpy
 import signal
@@ -273,7 +274,8 @@ def run_job(job: dict[str, Any]) -> int:
 
     Args:
         job: "commands"; "keys": a file name, to which rank and epoch are added, that gets the keys of every
-            micro-batch; "rank_options": rank -> further options; "fail": [rank, step] raises there.
+            micro-batch; "rank_options": rank -> further options; "fail": [rank, step] raises there;
+            "poison": [rank, step] makes the last picture there a NaN.
 
     Returns:
         The exit code of the last command that ran: one that fails is the last.
@@ -289,6 +291,8 @@ def run_job(job: dict[str, Any]) -> int:
                     file.writelines(json.dumps([batch.epoch, batch.keys]) + "\n" for batch in batches)
             if job.get("fail") == [rank, self.step]:
                 raise RuntimeError("this process was told to fail")
+            if job.get("poison") == [rank, self.step]:
+                batches[-1].images[-1] = math.nan
             super().train_step(batches)
 
     original, module.Trainer = module.Trainer, Watched
@@ -347,7 +351,8 @@ def _fork(new_modules: TextIO, job: dict[str, Any], world_size: int, output: lis
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            nothing, file = os.open(os.devnull, os.O_RDONLY), os.open(output[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            file = os.open(output[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             for source, target in ((nothing, 0), (file, 1), (file, 2)):
                 os.dup2(source, target)
             if world_size > 1:

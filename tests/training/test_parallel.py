@@ -4,9 +4,15 @@ import itertools
 import json
 
 import pytest
+import torch
 
+from sana.models.autoencoder.dc_ae import DCAE, DCAEConfig
+from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.training.checkpoint_folder import CheckpointIndex, latest_checkpoint
-from tests.training.distributed_runs import PICTURES, assert_same, launcher, run_options, state
+from sana.training.scene_latents import SceneBatches
+from tests.training.distributed_runs import (
+    PICTURES, Command, assert_same, descendants, launcher, logged, run_options, state, torchrun,
+)  # fmt: skip
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-6}  # fp32, after a few steps whose sums are taken in another order
 
@@ -127,3 +133,69 @@ def test_a_process_that_fails_takes_the_others_along(options, tmp_path, sharding
     codes = run.wait()
     assert codes[1] == 1 and codes[0] != 0
     assert latest_checkpoint(tmp_path / "run/checkpoints").name == "step_00000002"
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_a_process_fails_and_leaves_none_behind(options, tmp_path):
+    job = {"commands": [[*options, f"--work_dir={tmp_path / 'run'}", "--train.extra.max_steps=100000"]], "fail": [1, 2]}
+    with Command(torchrun("tests/training/distributed_runs.py", json.dumps(job)), tmp_path / "output.txt") as run:
+        assert run.wait() == 1
+        assert "told to fail" in run.text
+        assert not descendants(run.process.pid)
+    assert latest_checkpoint(tmp_path / "run/checkpoints").name == "step_00000002"
+
+
+@pytest.mark.parametrize("sharding", ["false", "true"])
+def test_a_picture_that_is_not_finite_on_one_process_skips_the_step_on_all(options, tmp_path, sharding):
+    """Shards are computed with by all processes or none, also where only one has something to look for."""
+    options = [*options, f"--work_dir={tmp_path / 'run'}", f"--train.use_fsdp={sharding}"]
+    launcher().start(tmp_path, options, world_size=2, poison=[1, 1]).finish()
+    assert [record["loss"] is None for record in logged(tmp_path / "run")] == [False, True, False, False]
+    report = json.loads((tmp_path / "run/nonfinite/step_00000001_rank1/report.json").read_text())
+    assert report["first_bad_layer"] == "inputs" and report["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_sharded_text_encoders_train_and_are_validated_and_exported(options, tmp_path):
+    """Captions are dropped on one process and not on the other; pictures need every process."""
+    joint = [
+        *options, "--data.type=DrawnScenes", "--data.data_dir=[]", "--model.image_size=256",
+        "--model.class_dropout_prob=0", "--train.extra.train_text_encoder=true", "--train.extra.max_steps=2",
+        "--train.extra.null_caption_probability=0.3", "--train.extra.pool_size=8", "--train.extra.refresh=1",
+        "--train.visualize=true", "--train.eval_sampling_steps=2", "--train.validation_prompts=[a red cat]",
+        "--train.extra.async_save=true",
+    ]  # fmt: skip
+    commands = [
+        [*joint, f"--work_dir={tmp_path / flag}", f"--train.use_fsdp={flag}"] for flag in ("false", "true")
+    ]  # fmt: skip
+    launcher().start(tmp_path, *commands, world_size=2).finish()
+    for flag in ("false", "true"):
+        assert (tmp_path / flag / "validation/step_00000002.png").exists()
+    assert_same(exported(tmp_path / "true"), exported(tmp_path / "false"), **CLOSE)
+    first, second = (SanaPipeline.from_pretrained(tmp_path / flag / "model") for flag in ("false", "true"))
+    assert type(first.transformer) is type(second.transformer)
+    encoders = [dict(pipeline.text_encoder.model.named_parameters()) for pipeline in (first, second)]
+    assert_same(*encoders, **CLOSE)
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer_learns_the_same(options, tmp_path):
+    commands = [
+        [*options, f"--work_dir={tmp_path / flag}", f"--train.extra.compile={flag}", "--train.extra.max_steps=2"]
+        for flag in ("false", "true")
+    ]  # fmt: skip
+    launcher().start(tmp_path, *commands).finish()
+    assert_same(exported(tmp_path / "true"), exported(tmp_path / "false"), **CLOSE)
+
+
+def test_a_process_that_joins_draws_scenes_of_its_own(dcae_shape):
+    network = DCAE(DCAEConfig(**dcae_shape)).eval()
+    first = SceneBatches(network, 4, pool_size=4, refresh=1, seed=3, rank=0)
+    first.next_batch()
+    again, joined = (SceneBatches(network, 4, pool_size=4, refresh=1, seed=3, rank=rank) for rank in (0, 1))
+    for one in (again, joined):
+        one.load_state_dict(first.state_dict())
+    following = [one.next_batch() for one in (first, again, joined)]
+    assert torch.equal(following[0].latents, following[1].latents)
+    assert not torch.equal(following[0].latents, following[2].latents)
+    assert joined.epoch == first.epoch and joined.batches == first.batches
