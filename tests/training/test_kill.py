@@ -16,7 +16,7 @@ from tests.training.distributed_runs import (
     run_options,
     state,
     torchrun,
-)  # fmt: skip
+)
 
 STEPS = 16
 

@@ -17,7 +17,7 @@ from tests.training.distributed_runs import (
     run_options,
     state,
     torchrun,
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -51,18 +51,15 @@ def test_a_repeated_signal_is_that_of_the_launcher_and_a_later_one_interrupts(cl
 
 
 def test_a_later_signal_of_another_kind_acts_too(clock):
-    class Ended(Exception):
-        pass
-
     def end(*_):
-        raise Ended
+        raise InterruptedError
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         with SignalWatch(lambda: clock[0]):
             signal.raise_signal(signal.SIGINT)
             clock[0] += 2 * REPEAT_SECONDS
-            with pytest.raises(Ended):
+            with pytest.raises(InterruptedError):
                 signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
