@@ -12,7 +12,7 @@ endif
 WORKERS ?= 2
 SEED ?= 0
 DCAE_STEPS ?= 1100
-STEPS ?= 4000
+STEPS ?= 8400
 TINY ?= output/tiny
 TINY_OPTIONS ?=
 DCAE_OPTIONS ?=
