@@ -18,11 +18,12 @@ TINY_OPTIONS ?=
 DCAE_OPTIONS ?=
 RUN := PATH="$(dir $(abspath $(shell command -v $(PYTHON) || echo $(PYTHON)))):$$PATH"
 
-.PHONY: help ready demo test lint train-tiny bench
+.PHONY: help ready demo test test-slow lint train-tiny bench
 
 help:
 	@echo "make demo        pictures by the bundled model, on the CPU, without a network"
 	@echo "make test        install, then run the whole test suite (WORKERS=$(WORKERS))"
+	@echo "make test-slow   the tests that take minutes: runs that are killed, whole example runs"
 	@echo "make lint        ruff, its formatter, and mypy"
 	@echo "make train-tiny  train the bundled model anew (steps: DCAE_STEPS=$(DCAE_STEPS), STEPS=$(STEPS); SEED=$(SEED))"
 	@echo "make bench       time and memory of the bundled model"
@@ -36,6 +37,10 @@ demo: ready
 # One thread a worker, so that workers do not fight for cores and CPU results are the recorded ones.
 test: ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
+
+# Runs killed at random moments, whole example runs: minutes each. The continuous integration runs them too.
+test-slow: ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n $(WORKERS) -m slow $(TESTS)
 
 lint: ready
 	$(PYTHON) -m ruff check .
