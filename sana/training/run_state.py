@@ -76,18 +76,19 @@ def resume(trainer: "Trainer") -> None:
     _check_fits(trainer, shared, path)
     if parallel.sharded != ("module" not in shared):
         raise CheckpointError(f"{path} was saved {'without' if parallel.sharded else 'with'} train.use_fsdp; keep it.")
-    weights = shared
+    weights, averaged = shared, bool(trainer.ema and shared["ema_updates"])
     if parallel.sharded:
         weights = {
             "module": parallel.module_state(),
             "optimizer": parallel.optimizer_state(trainer.optimizer),
-            **({"ema": trainer.ema.average} if trainer.ema else {}),
+            **({"ema": trainer.ema.average} if averaged else {}),
         }
         trainer.checkpoints.load_sharded(path, weights)
     parallel.load_module_state(weights["module"])
     parallel.load_optimizer_state(trainer.optimizer, weights["optimizer"])
-    if trainer.ema is not None:
-        trainer.ema.load_state_dict({"average": weights["ema"], "updates": shared["ema_updates"]})
+    if trainer.ema is not None:  # averaging that was off so far starts from the weights as they are
+        average = weights["ema"] if averaged else {name: p.detach() for name, p in trainer.objective.named_parameters()}
+        trainer.ema.load_state_dict({"average": average, "updates": shared["ema_updates"]})
     if parallel.accelerator.scaler:
         parallel.accelerator.scaler.load_state_dict(shared["scaler"])
     trainer.scheduler.load_state_dict(shared["scheduler"])

@@ -309,7 +309,9 @@ def run_job(job: dict[str, Any]) -> int:
 
 def _serve() -> None:
     import sana.training.trainer  # noqa: F401  so that forked processes need not
+    from sana.pipelines import command
 
+    command.PATIENCE_SECONDS = 0.0  # there is no torchrun that would end a process meanwhile
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # a killed process loses nothing that the kernel has
     with tempfile.TemporaryFile("a+") as new_modules:  # names, one a line, written by forked processes that end well

@@ -228,3 +228,19 @@ def test_the_official_file_is_written_on_request_and_goes_on(image_options, tmp_
     assert_equal(first.ema.average, second.ema.average)
     state = [trainer.optimizer.state_dict()["state"] for trainer in (first, second)]
     assert state[0].keys() == state[1].keys() and all(torch.equal(state[0][0][k], state[1][0][k]) for k in state[0][0])
+
+
+def test_averaging_may_be_switched_on_and_off_on_the_way(image_options):
+    def run(steps, averaging):
+        trainer = Trainer(
+            config_of(image_options, f"--train.extra.max_steps={steps}", f"--train.ema_update={averaging}")
+        )
+        before = weights(trainer)
+        if trainer.ema is not None and trainer.ema.updates == 0:
+            assert_equal(trainer.ema.average, before)
+        trainer.train()
+        return trainer
+
+    run(1, "false")
+    assert run(2, "true").ema.updates == 1
+    assert run(3, "false").step == 3
