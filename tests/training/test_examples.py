@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +51,8 @@ RANDOM = ["--train.extra={random_encoders: true, max_steps: 20}", "--train.log_i
 
 def command(arguments, *more):
     """Runs train.sh; returns what it printed at the end, and its exit code."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # as an activated environment has it
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": path}
     done = subprocess.run(
         ["bash", "train_scripts/train.sh", *arguments, *more],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,

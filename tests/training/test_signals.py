@@ -39,6 +39,8 @@ def test_the_first_signal_is_noted(signum, code):
 
 
 def test_a_repeated_signal_is_that_of_the_launcher_and_a_later_one_interrupts(clock):
+    # pytest may have been started in the background of a shell, which ignores SIGINT there
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with SignalWatch(lambda: clock[0]) as watch:
         signal.raise_signal(signal.SIGINT)
         clock[0] += REPEAT_SECONDS / 2
@@ -48,6 +50,7 @@ def test_a_repeated_signal_is_that_of_the_launcher_and_a_later_one_interrupts(cl
         clock[0] += REPEAT_SECONDS
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_later_signal_of_another_kind_acts_too(clock):
