@@ -120,9 +120,9 @@ class FlowObjective(nn.Module):
         return [*self.transformer.blocks, self.transformer, *own]
 
     def _drop(self, prompt_embeds: Tensor, dropped: Tensor) -> Tensor:
-        """Replaces dropped captions by the learned null caption; the prompt's mask stays."""
-        null = self.transformer.y_embedder.y_embedding.to(prompt_embeds)  # (L, C_text)
-        if prompt_embeds.shape[1:] == null.shape:
-            return torch.where(dropped[:, None, None], null, prompt_embeds)
-        assert not dropped.any(), "captions must be padded to model_max_length where some of them are dropped"
-        return prompt_embeds
+        """Replaces dropped captions by the learned null caption; the prompt's mask stays.
+
+        Cached features end with the batch's longest prompt: what the null caption has beyond that is masked anyway.
+        """
+        null = self.transformer.y_embedder.y_embedding.to(prompt_embeds)[: prompt_embeds.shape[1]]  # (L, C_text)
+        return torch.where(dropped[:, None, None], null, prompt_embeds)

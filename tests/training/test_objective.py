@@ -67,3 +67,14 @@ def test_a_dropped_caption_is_the_null_caption_and_no_other_row_changes():
     null[0] = model.y_embedder.y_embedding
     torch.testing.assert_close(dropped, objective(latents, draws, null, mask))
     assert dropped[0] != kept[0] and dropped[1] == kept[1]
+
+
+def test_trimmed_features_drop_to_the_same_loss():
+    """Cached features are cut behind the longest prompt of the batch; padded ones must give the same."""
+    objective = FlowObjective(tiny_transformer(), flow_shift=3.0)
+    latents, embeds = torch.randn(2, 4, 4, 4), torch.randn(2, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    draws = draw(range(2), (4, 4, 4), NoiseOptions(seed=0, drop_probability=1.0))
+    assert draws.dropped.all()
+    padded = objective(latents, draws, embeds, mask)
+    torch.testing.assert_close(objective(latents, draws, embeds[:, :3], mask[:, :3]), padded)
