@@ -1,5 +1,6 @@
 """Stopping a run politely: SIGTERM and SIGINT are noted, and the training loop stops after the current step."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -27,10 +28,18 @@ class SignalWatch:
 
     One that follows within `REPEAT_SECONDS` is taken for the same: torchrun passes on to its processes what the
     terminal or the scheduler has sent to all of them already.
+
+    Args:
+        launched: the parent is a launcher, without which the run must not go on.
+        clock: seconds, from any beginning.
+
+    Attributes:
+        received: the signal, 0 for none.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, launched: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.received = 0
+        self._parent = os.getppid() if launched else None
         self._clock, self._first = clock, 0.0
         self._previous: dict[int, signal._HANDLER] = {}
 
@@ -42,6 +51,12 @@ class SignalWatch:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    @property
+    def asked(self) -> int:
+        """The signal; SIGTERM if the launcher was killed: its processes must not train on beside those of the next."""
+        orphaned = self._parent is not None and os.getppid() != self._parent
+        return self.received or (signal.SIGTERM if orphaned else 0)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if not self.received:

@@ -89,11 +89,11 @@ class Trainer:
             TrainingDivergedError: too many steps with a loss or gradient that is not finite.
         """
         train, started, epochs, stop = self.config.train, time.monotonic(), self.epochs, 0.0
-        with SignalWatch() as signals, self.report:
+        with SignalWatch(launched=self.parallel.world_size > 1) as signals, self.report:
             while self.step < self.total_steps:
                 self.train_step([self.data.next_batch() for _ in range(train.gradient_accumulation_steps)])
                 hours = (time.monotonic() - started) / 3600
-                late, stop = self.parallel.max(hours > train.early_stop_hours, signals.received)
+                late, stop = self.parallel.max(hours > train.early_stop_hours, signals.asked)
                 ended, epochs = self.epochs != epochs, self.epochs
                 due = self.step % train.save_model_steps == 0 or (ended and epochs % train.save_model_epochs == 0)
                 if due or late or stop or self.step == self.total_steps:

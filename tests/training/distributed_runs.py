@@ -206,6 +206,14 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody waits for does not."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def environment() -> dict[str, str]:
     """That of this process, with this Python first, one thread, no network, and no GPU: there may be one for two."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -217,11 +225,15 @@ def torchrun(*arguments: str, processes: int = 2) -> list[str]:
     return ["torchrun", "--standalone", f"--nproc_per_node={processes}", *arguments]
 
 
-def await_true(condition: Callable[[], Any], run: Run | Command) -> Any:
-    """Waits until a condition of a running training holds; fails if the training ends before. Returns its value."""
+def await_true(condition: Callable[[], Any], run: Run | Command, *, await_ending: bool = False) -> Any:
+    """Waits until a condition of a training holds; fails if that ends before, but for an ending that is awaited.
+
+    Returns:
+        The condition's value.
+    """
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
-        assert not run.ended() or condition(), f"the run ended before\n{run.text}"
+        assert not run.ended() or await_ending or condition(), f"the run ended before\n{run.text}"
         assert time.monotonic() < deadline, f"nothing happened\n{run.text}"
         time.sleep(0.001)
     return value

@@ -9,6 +9,7 @@ from sana.training.checkpoint_folder import latest_checkpoint
 from sana.training.signals import REPEAT_SECONDS, SignalWatch, StoppedBySignal
 from tests.training.distributed_runs import (
     Command,
+    alive,
     assert_same,
     await_true,
     descendants,
@@ -41,7 +42,7 @@ def test_the_first_signal_is_noted(signum, code):
 def test_a_repeated_signal_is_that_of_the_launcher_and_a_later_one_interrupts(clock):
     # pytest may have been started in the background of a shell, which ignores SIGINT there
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with SignalWatch(lambda: clock[0]) as watch:
+    with SignalWatch(clock=lambda: clock[0]) as watch:
         signal.raise_signal(signal.SIGINT)
         clock[0] += REPEAT_SECONDS / 2
         signal.raise_signal(signal.SIGINT)
@@ -59,13 +60,21 @@ def test_a_later_signal_of_another_kind_acts_too(clock):
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        with SignalWatch(lambda: clock[0]):
+        with SignalWatch(clock=lambda: clock[0]):
             signal.raise_signal(signal.SIGINT)
             clock[0] += 2 * REPEAT_SECONDS
             with pytest.raises(InterruptedError):
                 signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("launched", "asked"), [(True, signal.SIGTERM), (False, 0)])
+def test_without_its_launcher_a_run_stops(launched, asked, monkeypatch):
+    with SignalWatch(launched=launched) as watch:
+        assert watch.asked == 0
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert watch.asked == asked
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +137,21 @@ def test_torchrun_stops_politely_too(options, whole, tmp_path, signum, to_all):
     with Command(command, tmp_path / "again.txt") as run:
         run.finish()
     assert_same(state(folder), whole[2])
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_torchrun_do_not_train_on(options, tmp_path):
+    folder = tmp_path / "run"
+    command = torchrun("train_scripts/train.py", *options, f"--work_dir={folder}", "--train.extra.max_steps=1000000")
+    with Command(command, tmp_path / "output.txt") as run:
+        await_true(lambda: last_step(folder) >= 3, run)
+        trainings = descendants(run.process.pid)
+        assert len(trainings) == 2
+        run.process.kill()
+        run.wait()
+        try:
+            await_true(lambda: not any(map(alive, trainings)), run, await_ending=True)
+        finally:
+            for pid in filter(alive, trainings):
+                os.kill(pid, signal.SIGKILL)
+    assert latest_checkpoint(folder / "checkpoints") is not None
