@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -281,13 +282,58 @@ def assert_same(first: Any, second: Any, where: str = "", *, rtol: float = 0.0, 
         assert first == second, where
 
 
+@dataclass
+class Death:
+    """When a process kills itself: counted from within, so that no watcher can come too late.
+
+    Attributes:
+        steps: after so many steps of this process.
+        part: and this part of the time of a step. If negative: before the first step, minus so many seconds after
+            the start.
+        syncs: if given, then as it brings the so many-th file to the disk, in the midst of writing a checkpoint.
+    """
+
+    steps: int
+    part: float
+    syncs: int | None = None
+    taken: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.part < 0:
+            threading.Timer(-self.part, self._die).start()
+
+    def before_step(self) -> None:
+        """Counts steps; lets none be taken by a process that is to die before the first."""
+        if self.part < 0:
+            threading.Event().wait()
+        if self.taken == 1:
+            self.began = time.monotonic()  # the first step is a slow one
+        if self.taken == self.steps and self.syncs is not None:
+            os.fsync = self._sync  # type: ignore[assignment]
+        elif self.taken == self.steps:
+            a_step = (time.monotonic() - self.began) / max(self.taken - 1, 1)
+            threading.Timer(self.part * a_step, self._die).start()
+        self.taken += 1
+
+    def _sync(self, descriptor: int) -> None:
+        self.syncs -= 1
+        if self.syncs <= 0:
+            self._die()
+
+    @staticmethod
+    def _die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def run_job(job: dict[str, Any]) -> int:
     """Runs the command lines of a job in this process.
 
     Args:
         job: "commands"; "keys": a file name, to which rank and epoch are added, that gets the keys of every
             micro-batch; "rank_options": rank -> further options; "fail": [rank, step] raises there;
-            "poison": [rank, step] makes the last picture there a NaN.
+            "poison": [rank, step] makes the last picture there a NaN; "signal": [rank, step, number] is sent there;
+            "death": see `Death`.
 
     Returns:
         The exit code of the last command that ran: one that fails is the last.
@@ -295,9 +341,14 @@ def run_job(job: dict[str, Any]) -> int:
     from sana.training import trainer as module
 
     rank = int(os.environ.get("RANK", "0"))
+    death = Death(**job["death"]) if "death" in job else None
 
     class Watched(module.Trainer):
         def train_step(self, batches: list[Any]) -> None:
+            if death:
+                death.before_step()
+            if job.get("signal", [])[:2] == [rank, self.step]:
+                signal.raise_signal(job["signal"][2])
             if "keys" in job:
                 with open(f"{job['keys']}_{rank}.jsonl", "a") as file:
                     file.writelines(json.dumps([batch.epoch, batch.keys]) + "\n" for batch in batches)
