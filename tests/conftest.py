@@ -7,6 +7,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported, which reads it then
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before torchvision imports Triton, which reads it then
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

@@ -1,4 +1,4 @@
-"""Makes Triton kernels run without a GPU: the interpreter is switched on before anything imports Triton."""
+"""Makes sure that Triton kernels run without a GPU: the interpreter must be on before anything imports Triton."""
 
 import os
 import sys
