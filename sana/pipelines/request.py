@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sana.models.text_encoder.base import PromptEmbeds
 from sana.pipelines import inputs
+from sana.pipelines.approximations import check_approximations, first_tokens
 
 OUTPUT_TYPES = ("pt", "pil", "np", "latent")
 MAX_SCALE = 1000.0
@@ -34,6 +35,10 @@ class Request:
         pag_guidance_scale: perturbed-attention guidance; 0 and 1 are off. `pag_scale` is its other name.
         pag_scale: see `pag_guidance_scale`.
         interval_guidance: guidance acts where low < sigma < high only.
+        step_cache: approximation, 0 is off: steps reuse the last prediction while the time embedding has changed by
+            less than this (relative L1, added up); see `sana.diffusion.step_cache`. About 0.1 to 0.3.
+        max_text_tokens: approximation, None is off: the transformer reads the first so many readable tokens of each
+            prompt; see `sana.pipelines.approximations.first_tokens`.
         num_images_per_prompt: pictures of each prompt.
         generator: one for the whole batch, or a list with one for each image.
         seed: image i uses seed + i; a list gives each image its own. Not together with `generator`.
@@ -62,6 +67,8 @@ class Request:
     pag_guidance_scale: float | None = None
     pag_scale: float | None = None
     interval_guidance: Sequence[float] = (0.0, 1.0)
+    step_cache: float = 0.0
+    max_text_tokens: int | None = None
     num_images_per_prompt: int = 1
     generator: inputs.Generators = None
     seed: int | Sequence[int] | None = None
@@ -95,6 +102,7 @@ class Request:
         inputs.check_number("guidance_scale", self.guidance_scale, 0.0, MAX_SCALE)
         if self.flow_shift is not None:
             inputs.check_number("flow_shift", self.flow_shift, 1e-3, 1e3)
+        check_approximations(self.step_cache, self.max_text_tokens)
         self._check_pag()
         self._check_interval()
         self._check_embeds()
@@ -137,12 +145,14 @@ class Request:
         """Rejects what a distilled model cannot use.
 
         Raises:
-            ValueError: a negative prompt, PAG or an interval is given.
+            ValueError: a negative prompt, PAG, an interval or a step cache is given.
         """
         if self.negative_prompt or self.negative_prompt_embeds is not None:
             raise ValueError("A Sprint model has no unconditional branch: negative_prompt cannot take effect.")
         if self.pag > 1.0 or tuple(self.interval_guidance) != (0.0, 1.0) or self.flow_shift is not None:
             raise ValueError("PAG, interval_guidance and flow_shift cannot take effect with a Sprint model.")
+        if self.step_cache:
+            raise ValueError("step_cache cannot take effect with a Sprint model, whose few steps are all needed.")
 
     def check_for_flow(self) -> None:
         """Rejects what only a distilled model can use.
@@ -199,7 +209,7 @@ class Request:
         else:
             assert self.prompt is not None
             encoded = encode(inputs.as_prompts(self.prompt))
-        return self._one_an_image(encoded)
+        return self._one_an_image(first_tokens(encoded, self.max_text_tokens))
 
     def null_embeds(self, encode: Encode, device: torch.device) -> PromptEmbeds:
         """Returns the null caption's or the negative prompts' embeddings, one row an image."""

@@ -20,6 +20,7 @@ from sana.models.autoencoder.base import Autoencoder
 from sana.models.text_encoder.base import PromptEmbeds
 from sana.models.transformer.sana_cm import SanaMSCM
 from sana.pipelines import inputs, loading
+from sana.pipelines.approximations import cache_steps
 from sana.pipelines.denoise import TIMESTEPS, NonFiniteError, SprintDenoiser, TransformerDenoiser, check_finite
 from sana.pipelines.images import to_pil
 from sana.pipelines.recipe import weights_hash
@@ -273,8 +274,16 @@ class SanaPipeline:
             pag_layers=self.config.model.pag_applied_layers,
             dtype=self.dtype,
         )
+        velocity = cache_steps(
+            guide(denoiser, guidance),
+            request.step_cache,
+            transformer=transformer,
+            sampler=sampler,
+            times=times,
+            guidance=guidance,
+        )
         with self._steps(request, len(times) - 1, TIMESTEPS) as callback:
-            return sampler.sample(guide(denoiser, guidance), noise, times, generator=generators, callback=callback)
+            return sampler.sample(velocity, noise, times, generator=generators, callback=callback)
 
     def _sprint(
         self, transformer: nn.Module, sampler: Sampler, request: Request, noise: Tensor, generators: inputs.Generators
