@@ -152,4 +152,5 @@ def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
 @torch.inference_mode(False)
 def load_text_encoder(config: SanaConfig, dtype: torch.dtype, device: torch.device) -> AnyTextEncoder:
     """Loads the text encoder of `config.text_encoder`."""
-    return build_text_encoder(config, dtype=dtype).to(device)
+    encoder = build_text_encoder(config, dtype=dtype).to(device)
+    return encoder.requires_grad_(False) if isinstance(encoder, nn.Module) else encoder

@@ -10,6 +10,7 @@ from torch import Tensor
 from sana.models.text_encoder.base import PromptEmbeds
 from sana.pipelines import inputs
 from sana.pipelines.approximations import check_approximations, first_tokens
+from sana.pipelines.text_features import trim_given
 
 OUTPUT_TYPES = ("pt", "pil", "np", "latent")
 MAX_SCALE = 1000.0
@@ -19,7 +20,7 @@ SECOND_ANGLE = 1.3  # of two Sprint steps, as the released models take them
 class Encode(Protocol):
     """What turns prompts into embeddings: `SanaPipeline.encode_prompts`."""
 
-    def __call__(self, prompts: Sequence[str], *, null: bool = False) -> PromptEmbeds: ...
+    def __call__(self, prompts: Sequence[str], *, null: bool = False, trim: bool = False) -> PromptEmbeds: ...
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,13 @@ class Request:
         return float(given) if given else 1.0
 
     def embeds(self, encode: Encode, device: torch.device) -> PromptEmbeds:
-        """Returns the prompts' embeddings, one row an image."""
+        """Returns the prompts' embeddings, one row an image, as long as the longest prompt."""
         if self.prompt_embeds is not None and self.prompt_attention_mask is not None:
             mask = _rows(self.prompt_attention_mask, 2).long()
-            encoded = PromptEmbeds(_rows(self.prompt_embeds).to(device), mask.to(device))
+            encoded = trim_given(PromptEmbeds(_rows(self.prompt_embeds).to(device), mask), device)
         else:
             assert self.prompt is not None
-            encoded = encode(inputs.as_prompts(self.prompt))
+            encoded = encode(inputs.as_prompts(self.prompt), trim=True)
         return self._one_an_image(first_tokens(encoded, self.max_text_tokens))
 
     def null_embeds(self, encode: Encode, device: torch.device) -> PromptEmbeds:

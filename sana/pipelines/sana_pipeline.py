@@ -21,10 +21,11 @@ from sana.models.text_encoder.base import PromptEmbeds
 from sana.models.transformer.sana_cm import SanaMSCM
 from sana.pipelines import inputs, loading
 from sana.pipelines.approximations import cache_steps
-from sana.pipelines.denoise import TIMESTEPS, NonFiniteError, SprintDenoiser, TransformerDenoiser, check_finite
+from sana.pipelines.denoise import TIMESTEPS, SprintDenoiser, TransformerDenoiser, check_finite
 from sana.pipelines.images import to_pil
 from sana.pipelines.recipe import weights_hash
 from sana.pipelines.request import Request
+from sana.pipelines.text_features import TextFeatures, call_length, stack
 from sana.utils.dtype import parse_dtype
 from sana.utils.logging import get_logger
 
@@ -59,6 +60,7 @@ class SanaPipeline:
     Attributes:
         transformer: the denoiser, None before `from_pretrained`.
         autoencoder, text_encoder: loaded when first used; both may be assigned.
+        text_features: what it remembers of encoded texts; `text_features.size = 0` switches that off.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class SanaPipeline:
         self.model_path: str | None = None
         self._autoencoder: Autoencoder | None = None
         self._text_encoder: loading.AnyTextEncoder | None = None
+        self.text_features = TextFeatures()
         self._weights_hash: str | None = None
 
     @_OnClassOrInstance
@@ -137,6 +140,7 @@ class SanaPipeline:
     @text_encoder.setter
     def text_encoder(self, text_encoder: loading.AnyTextEncoder) -> None:
         self._text_encoder = text_encoder
+        self.text_features.clear()
         self._weights_hash = None
 
     def to(
@@ -161,6 +165,7 @@ class SanaPipeline:
             self._text_encoder.to(self.device, self.dtype)
         if self._autoencoder is not None:
             self._autoencoder.to(self.device)
+        self.text_features.clear()
         self._weights_hash = None
         return self
 
@@ -234,18 +239,25 @@ class SanaPipeline:
             return latents
         return _as_output(self.decode(latents, size), request.output_type)
 
-    def encode_prompts(self, prompts: Sequence[str], *, null: bool = False) -> PromptEmbeds:
+    def encode_prompts(self, prompts: Sequence[str], *, null: bool = False, trim: bool = False) -> PromptEmbeds:
         """Returns the embeddings of prompts, or with `null` those of negative prompts (made without CHI).
+
+        Args:
+            prompts: P texts. What is known of them from earlier calls is not computed again.
+            null: whether they are negative prompts, whose padding is read under the prompts' masks.
+            trim: cut prompts to the longest of them; else L is `model_max_length`. Their padding is zero.
+
+        Returns:
+            embeds (P, L, C) and mask (P, L), new tensors.
 
         Raises:
             NonFiniteError: the text encoder produced infinity or NaN.
         """
-        unique = list(dict.fromkeys(prompts))
-        encoded = self.text_encoder.encode_null(unique) if null else self.text_encoder.encode(unique, chi=True)
-        if not torch.isfinite(encoded.embeds).all():
-            raise NonFiniteError("The text encoder produced values that are not finite; try dtype fp32 or bf16.")
-        rows = torch.tensor([unique.index(one) for one in prompts], device=encoded.embeds.device)
-        return PromptEmbeds(encoded.embeds[rows].to(self.device), encoded.mask[rows].to(self.device))
+        encoder = self.text_encoder
+        features = self.text_features.find(encoder, prompts, null=null, device=self.device)
+        longest = max(len(feature.mask) for feature in features)
+        length = call_length(longest, encoder.model_max_length, self.device) if trim else encoder.model_max_length
+        return stack(features, length)
 
     def decode(self, latents: Tensor, size: inputs.ImageSize | None = None) -> Tensor:
         """Returns images (B, 3, H, W) float32 of scaled latents, resized and cropped when the size was binned."""

@@ -1,16 +1,17 @@
 """The text encoder interface: prompts in, embeddings and mask out. Which network runs is decided in `load.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sana.models.checkpoint import CheckpointError
-from sana.models.text_encoder.chi import chi_text, count_dropped_tokens, tokenize_prompts
+from sana.models.text_encoder.chi import PromptTokens, chi_text, count_dropped_tokens, tokenize_prompts
+from sana.models.text_encoder.prefix_cache import Prefix, compute_prefix, encode_after, supports_prefix
 from sana.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -22,8 +23,8 @@ class TextEncoderError(CheckpointError):
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """Embeddings of B prompts. Rows whose mask is 0 still hold what the encoder gives for padding tokens: the null
-    caption is read under the prompt's mask, so its padding rows count."""
+    """Embeddings of B prompts. Rows whose mask is 0 hold what the encoder gives for padding tokens: the null caption
+    is read under the prompt's mask, so its padding rows count. In trimmed prompts they are zero: nobody reads them."""
 
     embeds: Tensor  # (B, L, C)
     mask: Tensor  # (B, L) int64, 1 for real tokens
@@ -36,6 +37,32 @@ class PromptEmbeds:
     def cat(parts: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
         """Joins batches along the first axis."""
         return PromptEmbeds(torch.cat([part.embeds for part in parts]), torch.cat([part.mask for part in parts]))
+
+    def resized(self, length: int) -> "PromptEmbeds":
+        """Cuts all rows to `length` tokens, or appends zeros that the mask hides."""
+        missing = length - self.mask.shape[1]
+        if missing <= 0:
+            return PromptEmbeds(self.embeds[:, :length], self.mask[:, :length])
+        return PromptEmbeds(
+            functional.pad(self.embeds, (0, 0, 0, missing)),  # (B, L + missing, C)
+            functional.pad(self.mask, (0, missing)),
+        )
+
+    def longest(self) -> int:
+        """Returns the number of tokens up to the last one that a row may read; waits for the device.
+
+        A row without any such token has all of its tokens read, so that its length is L.
+        """
+        real = self.mask.cpu() != 0
+        if not real.any(dim=1).all():
+            return real.shape[1]
+        return int(real.any(dim=0).nonzero().max()) + 1
+
+    def trimmed(self) -> "PromptEmbeds":
+        """Cuts prompts to the longest of them and makes what their masks hide zero; not for null captions."""
+        real = self.mask != 0
+        unread = (~real & real.any(dim=1, keepdim=True))[..., None]
+        return PromptEmbeds(self.embeds.masked_fill(unread, 0.0), self.mask).resized(self.longest())
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -54,6 +81,7 @@ class TextEncoder(nn.Module):
     """
 
     uses_chi = True
+    causal = True  # a token's state depends on earlier tokens only
     attention = "sdpa"
 
     def __init__(
@@ -71,6 +99,8 @@ class TextEncoder(nn.Module):
         self.model_max_length = model_max_length
         self.name = name
         self.chi_prompt = chi_text(chi_prompt) if self.uses_chi else ""
+        self._moves = 0
+        self._prefix: tuple[tuple[Any, ...], Prefix] | None = None
         if chi_text(chi_prompt) and not self.uses_chi:
             logger.warning("text_encoder.chi_prompt has no effect: %s follows no instruction", name or "this encoder")
 
@@ -124,16 +154,35 @@ class TextEncoder(nn.Module):
     def _call_options(self) -> dict[str, Any]:
         return {"use_cache": False}
 
+    def fingerprint(self) -> tuple[Any, ...] | None:
+        """Returns what decides the embeddings of a text besides the text, or None while the weights may learn.
+
+        Equal fingerprints mean equal embeddings, unless weights were written through `.data`.
+        """
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            return None
+        return (*self._settings(), *((id(one), _version(one)) for one in self.model.parameters()))
+
+    def _settings(self) -> tuple[Any, ...]:
+        device = self.device
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return self.chi_prompt, self.model_max_length, id(self.tokenizer), self._moves, device, self.dtype, autocast
+
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], *, chi: bool = True) -> PromptEmbeds:
+    def encode(self, prompts: Sequence[str], *, chi: bool = True, trim: bool = False) -> PromptEmbeds:
         """Encodes prompts. On the CPU one by one, so that a prompt's numbers do not depend on its batch.
+
+        What the network computes for the instruction is computed once a call, or, where no weight requires a gradient,
+        once for all calls; real tokens keep their embeddings up to rounding.
 
         Args:
             prompts: B prompts, at least one; any script, used unchanged.
             chi: whether the instruction precedes them (not for null and negative prompts).
+            trim: cut to the longest prompt, compute no padding and return zeros for it. Not for null and negative
+                prompts, whose padding rows are attended.
 
         Returns:
-            embeds (B, L, C) in the encoder's dtype and mask (B, L).
+            embeds (B, L, C) in the encoder's dtype and mask (B, L); L is `model_max_length`, or less with `trim`.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"encode() needs a list of at least one prompt, not {prompts!r}.")
@@ -142,12 +191,49 @@ class TextEncoder(nn.Module):
             self.tokenizer, prompts, chi_prompt=instruction, model_max_length=self.model_max_length
         )
         self._warn_of_truncation(prompts, tokens.attention_mask, instruction)
+        prefix = self._instruction_prefix(tokens.input_ids.shape[1]) if instruction else None
         rows = 1 if self.device.type == "cpu" else len(prompts)
         parts = [
-            self.forward_tokens(ids, mask, tokens.select_index)
+            self._encode_rows(PromptTokens(ids, mask, tokens.select_index), prefix, trim)
             for ids, mask in zip(tokens.input_ids.split(rows), tokens.attention_mask.split(rows), strict=True)
         ]
-        return PromptEmbeds.cat(parts)
+        longest = max(part.mask.shape[1] for part in parts)
+        return PromptEmbeds.cat([part.resized(longest) for part in parts])
+
+    def _encode_rows(self, tokens: PromptTokens, prefix: Prefix | None, trim: bool) -> PromptEmbeds:
+        """Encodes rows of tokens together; with `trim` the result is as long as the longest of them."""
+        ids, mask, index = tokens
+        hidden = encode_after(self.model, prefix, ids, mask, trim=trim) if prefix is not None else None
+        if hidden is None:
+            found = self.forward_tokens(ids, mask, index, trim=trim)
+        else:
+            kept = index[index < hidden.shape[1]].to(self.device)
+            found = PromptEmbeds(hidden[:, kept], mask.to(self.device)[:, kept])
+        if not trim:
+            return found
+        found = found.resized(int(mask[:, index].sum(dim=1).max()))
+        return PromptEmbeds(found.embeds.masked_fill(found.mask[..., None] == 0, 0.0), found.mask)
+
+    def _instruction_prefix(self, total: int) -> Prefix | None:
+        """Keys and values of the instruction, kept as long as nothing changes; None where they cannot be reused."""
+        if not self.causal or self.model.training or not supports_prefix(self.model.config, total):
+            return None
+        key = self.fingerprint()
+        if self._prefix is not None and self._prefix[0] == key:
+            return self._prefix[1]
+        self._prefix = None
+        ids = self.tokenizer(self.chi_prompt, return_tensors="pt")["input_ids"][0].long()
+        if not len(ids):
+            return None
+        prefix = compute_prefix(self.model, ids, self.device)
+        if key is not None:
+            self._prefix = (key, prefix)
+        return prefix
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._moves += 1
+        self._prefix = None
+        return super()._apply(fn, recurse)
 
     def encode_null(self, negative_prompts: Sequence[str] | None = None) -> PromptEmbeds:
         """Encodes what guidance steers away from: "" or negative prompts, always without the instruction.
@@ -176,3 +262,8 @@ class TextEncoder(nn.Module):
                     self.model_max_length,
                     dropped,
                 )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those made in inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version

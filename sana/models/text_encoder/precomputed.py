@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,7 +52,11 @@ class PrecomputedTextEncoder:
         """The prompts that can be asked for."""
         return list(self._tables[True])
 
-    def encode(self, prompts: Sequence[str], *, chi: bool = True) -> PromptEmbeds:
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Returns what decides the embeddings of a text besides the text; see `TextEncoder.fingerprint`."""
+        return id(self._tables), self.device, self.dtype
+
+    def encode(self, prompts: Sequence[str], *, chi: bool = True, trim: bool = False) -> PromptEmbeds:
         """Looks prompts up; see `TextEncoder.encode`.
 
         Raises:
@@ -66,7 +71,8 @@ class PrecomputedTextEncoder:
                     "encode it with save_prompt_embeds, or give a text encoder instead of the file."
                 )
         rows = [table[prompt] for prompt in prompts]
-        return PromptEmbeds(torch.stack([embeds for embeds, _ in rows]), torch.stack([mask for _, mask in rows]))
+        found = PromptEmbeds(torch.stack([embeds for embeds, _ in rows]), torch.stack([mask for _, mask in rows]))
+        return found.trimmed() if trim else found
 
     def encode_null(self, negative_prompts: Sequence[str] | None = None) -> PromptEmbeds:
         """Looks up what guidance steers away from; see `TextEncoder.encode_null`."""

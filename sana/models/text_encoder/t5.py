@@ -12,6 +12,7 @@ class T5TextEncoder(TextEncoder):
     """The encoder half of T5 v1.1 (small to xxl); `chi_prompt` has no effect on it."""
 
     uses_chi = False
+    causal = False
     attention = "eager"
 
     @staticmethod
