@@ -21,6 +21,7 @@ from sana.models.text_encoder.base import PromptEmbeds
 from sana.models.transformer.sana_cm import SanaMSCM
 from sana.pipelines import inputs, loading
 from sana.pipelines.approximations import cache_steps
+from sana.pipelines.compiled import SPRINT, Compilable, watching
 from sana.pipelines.denoise import TIMESTEPS, SprintDenoiser, TransformerDenoiser, check_finite
 from sana.pipelines.images import to_pil
 from sana.pipelines.recipe import weights_hash
@@ -45,7 +46,7 @@ class _OnClassOrInstance:
         return functools.partial(self._function, owner if instance is None else instance)
 
 
-class SanaPipeline:
+class SanaPipeline(Compilable):
     """Text to image with a Sana model.
 
     Two ways to one: `SanaPipeline(config)` and then `.from_pretrained(weights)`, or
@@ -165,6 +166,8 @@ class SanaPipeline:
             self._text_encoder.to(self.device, self.dtype)
         if self._autoencoder is not None:
             self._autoencoder.to(self.device)
+        if self._compiled is not None:
+            self._compiled.drop_graphs()
         self.text_features.clear()
         self._weights_hash = None
         return self
@@ -261,10 +264,12 @@ class SanaPipeline:
 
     def decode(self, latents: Tensor, size: inputs.ImageSize | None = None) -> Tensor:
         """Returns images (B, 3, H, W) float32 of scaled latents, resized and cropped when the size was binned."""
-        images = self.autoencoder.decode(latents).float()
+        autoencoder = self.autoencoder if self._compiled is None else self._compiled.autoencoder()
+        with watching(self._compiled, "the decoder"):
+            images = autoencoder.decode(latents).float()
         if not torch.isfinite(images).all():
-            raw = latents.to(self.autoencoder.dtype) / self.autoencoder.scaling_factor + self.autoencoder.shift_factor
-            network = getattr(self.autoencoder, "decoder", self.autoencoder)
+            raw = latents.to(autoencoder.dtype) / autoencoder.scaling_factor + autoencoder.shift_factor
+            network = getattr(autoencoder, "decoder", autoencoder)
             check_finite(images, network, "autoencoder's decoder", raw)
         if size is not None and size.binned:
             images = resize_and_crop_tensor(images, size.width, size.height)
@@ -279,13 +284,14 @@ class SanaPipeline:
         times = sampler.times(request.num_inference_steps, flow_shift=flow_shift)
         guidance = self._guidance(request)
         needs_null = any("uncond" in guidance.branches(float(time)) for time in times)
-        denoiser = TransformerDenoiser(
-            transformer,
-            request.embeds(self.encode_prompts, self.device),
-            request.null_embeds(self.encode_prompts, self.device) if needs_null else None,
-            pag_layers=self.config.model.pag_applied_layers,
-            dtype=self.dtype,
-        )
+        prompt = request.embeds(self.encode_prompts, self.device)
+        null = request.null_embeds(self.encode_prompts, self.device) if needs_null else None
+        if self._compiled is not None:
+            latents = self._compiled.denoise(request, times, guidance, noise, prompt, null)
+            if latents is not None:
+                return latents
+        pag_layers = self.config.model.pag_applied_layers
+        denoiser = TransformerDenoiser(transformer, prompt, null, pag_layers=pag_layers, dtype=self.dtype)
         velocity = cache_steps(
             guide(denoiser, guidance),
             request.step_cache,
@@ -294,7 +300,7 @@ class SanaPipeline:
             times=times,
             guidance=guidance,
         )
-        with self._steps(request, len(times) - 1, TIMESTEPS) as callback:
+        with watching(self._compiled, "the transformer"), self._steps(request, len(times) - 1, TIMESTEPS) as callback:
             return sampler.sample(velocity, noise, times, generator=generators, callback=callback)
 
     def _sprint(
@@ -315,7 +321,7 @@ class SanaPipeline:
         if request.latents is not None:  # the released pipeline takes the caller's latents in units of the data
             noise = noise / sigma_data
         options = {"sigma_data": sigma_data, "generator": generators}
-        with self._steps(request, len(times) - 1) as callback:
+        with watching(self._compiled, SPRINT), self._steps(request, len(times) - 1) as callback:
             return sampler.sample(denoiser, noise, times, callback=callback, **options)
 
     def _check_sampler(self, name: str, sampler: Sampler) -> None:
