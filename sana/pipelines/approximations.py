@@ -4,6 +4,8 @@ Guidance in an interval is `sana.diffusion.guidance`, fp8 weights are `sana.mode
 quality is measured in `asset/docs/approximations.md`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -65,31 +67,40 @@ def time_features(transformer: nn.Module, times: Tensor) -> Tensor:
         return embed_time(times[:-1].to(device=device, dtype=torch.float32) * TIMESTEPS)
 
 
-def cache_steps(
-    velocity: VelocityFn,
-    threshold: float,
-    *,
-    transformer: nn.Module,
-    sampler: Sampler,
-    times: Tensor,
-    guidance: Guidance,
-) -> VelocityFn:
-    """Returns `velocity` for a threshold of 0, and else a `StepCache` around it, for one run of a sampler.
+def plan_evaluations(
+    threshold: float, *, transformer: nn.Module, sampler: Sampler, times: Tensor, guidance: Guidance
+) -> tuple[bool, ...]:
+    """Decides which steps of a run evaluate the transformer; nothing but the times and the weights matters.
 
     Args:
-        velocity: the guided velocity.
         threshold: see `plan_steps`.
         transformer: embeds the times.
         sampler: must ask for velocities at its times.
         times: (N + 1,) of the sampler.
         guidance: a prediction is not reused where other branches begin.
 
+    Returns:
+        N booleans, True for a step that evaluates it.
+
     Raises:
         ValueError: the sampler asks for noise, at times of its own.
     """
     if threshold == 0:
-        return velocity
+        return (True,) * (len(times) - 1)
     if sampler.prediction != "velocity":
         raise ValueError("step_cache works with samplers that ask for velocities (flow_dpm-solver, flow_euler) only.")
     branches = [guidance.branches(float(time)) for time in times[:-1]]
-    return StepCache(velocity, times, plan_steps(time_features(transformer, times), threshold, groups=branches))
+    return plan_steps(time_features(transformer, times), threshold, groups=branches)
+
+
+def cache_steps(velocity: VelocityFn, threshold: float, *, times: Tensor, **options: Any) -> VelocityFn:
+    """Returns `velocity` itself where every step is evaluated, and else a `StepCache` for one run of a sampler.
+
+    Args:
+        velocity: the guided velocity.
+        threshold: see `plan_steps`.
+        times: (N + 1,) of the sampler.
+        **options: `transformer`, `sampler` and `guidance` of `plan_evaluations`.
+    """
+    evaluate = plan_evaluations(threshold, times=times, **options)
+    return velocity if all(evaluate) else StepCache(velocity, times, evaluate)
