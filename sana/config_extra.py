@@ -10,6 +10,7 @@ from sana.config_checks import ConfigError, describe, matches, nearest_key
 
 REMAINDERS = ("pad", "drop", "carry")
 ORDERS = ("shuffled", "sequential", "official")
+RESIZES = ("exact", "fast")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class DataExtra:
         broken_budget: how many different broken samples a process skips before it stops.
         feature_dir: folder of cached latents and text features (tools/cache_features.py).
         max_pixels: an image with more pixels is a broken sample (decompression bombs).
+        resize: "exact" scales pictures by PIL, as officially; "fast" by torch: several times as fast, at most two of 255
+            levels apart.
         stream: tar shards are read from front to back as they arrive, instead of being fetched and indexed first.
         stream_samples: of an epoch of a stream; 0: the wids-meta.json says.
     """
@@ -34,6 +37,7 @@ class DataExtra:
     broken_budget: int = 100
     feature_dir: Optional[str] = None
     max_pixels: int = 200_000_000
+    resize: str = "exact"
     stream: bool = False
     stream_samples: int = 0
 
@@ -81,7 +85,8 @@ def data_extra(raw: Optional[Dict[str, Any]]) -> DataExtra:
         ConfigError: an unknown key, a wrong type or a value that is not allowed.
     """
     extra = _decode(DataExtra, raw, "data.extra")
-    for key, allowed in (("remainder", REMAINDERS), ("order", ORDERS), ("caption_lines", ("first", "all"))):
+    choices = {"remainder": REMAINDERS, "order": ORDERS, "caption_lines": ("first", "all"), "resize": RESIZES}
+    for key, allowed in choices.items():
         if getattr(extra, key) not in allowed:
             raise ConfigError(f"data.extra.{key} is {getattr(extra, key)!r}; allowed is {', '.join(allowed)}.")
     if extra.max_pixels < 1 or extra.broken_budget < 0 or extra.stream_samples < 0:

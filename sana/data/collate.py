@@ -20,8 +20,8 @@ class Batch:
         weights: (B,) float32, of the samples in the loss: 1, or 0 where a broken sample's place holds another one.
             All may be 0.
         epoch: number of the epoch.
-        images: (B, 3, H, W) float32 in [-1, 1].
-        latents: (B, C, h, w) float32, scaled.
+        images: (B, 3, H, W) uint8; `normalise_images` makes float32 in [-1, 1] of them where they are trained on.
+        latents: (B, C, h, w), scaled, in the dtype that they are stored in.
         prompt_embeds: (B, L, D), zero behind each sample's own tokens.
         prompt_mask: (B, L) int64, 0 there.
     """
@@ -46,6 +46,11 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Returns the batch in page-locked memory (called by torch's DataLoader)."""
         return self._with({name: value.pin_memory() for name, value in self._tensors()})
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tells the allocator that a CUDA stream other than the one of the copies reads the tensors."""
+        for _, value in self._tensors():
+            value.record_stream(stream)
 
     def _with(self, tensors: dict[str, Any]) -> "Batch":
         return replace(self, **tensors)
@@ -94,6 +99,8 @@ def _stack(samples: Sequence[Sample], name: str) -> Tensor | None:
                 f"{samples[0].key} and {sample.key} are in one bucket, but their {name} has shape {shapes[0]} and "
                 f"{shape}. Make the cached sizes or features anew."
             )
+    if all(tensor.ndim == 3 and tensor.permute(1, 2, 0).is_contiguous() for tensor in tensors):
+        return torch.stack([tensor.permute(1, 2, 0) for tensor in tensors]).permute(0, 3, 1, 2)  # plain copies
     return torch.stack(tensors)
 
 

@@ -24,10 +24,10 @@ from sana.data.captions import (
     scores_of_json,
 )
 from sana.data.image_records import SHOWN, ImageRecord, find_records
-from sana.data.images import MAX_PIXELS, image_size, read_image
+from sana.data.images import MAX_PIXELS, get_reader, image_size
 from sana.data.safe_arrays import read_npy, read_npz
 from sana.data.sample import BrokenSampleError, DataError, Sample
-from sana.data.transforms import bucket_transform, get_transform
+from sana.data.transforms import bucket_transform, get_transform, picture_size
 from sana.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class SanaImgDataset:
         sort_dataset: order by key over all folders, instead of folder by folder.
         caption_lines: of the text file, "first" or "all".
         max_pixels: a larger image is broken.
+        resize: "exact", as PIL scales pictures, or "fast", see `get_reader`.
         load_vae_feat: samples hold cached latents instead of images.
         load_text_feat: samples hold cached text features as well.
         feature_dir: a `FeatureCache` with them; None: the files beside the image.
@@ -87,6 +88,7 @@ class SanaImgDataset:
         sort_dataset: bool = False,
         caption_lines: str = "first",
         max_pixels: int = MAX_PIXELS,
+        resize: str = "exact",
         load_vae_feat: bool = False,
         load_text_feat: bool = False,
         feature_dir: str | Path | None = None,
@@ -95,6 +97,7 @@ class SanaImgDataset:
             raise ValueError(f"caption_lines is {caption_lines!r}; choose one of {', '.join(CAPTION_LINES)}.")
         if multi_scale and aspect_ratio_type not in ASPECT_RATIOS:
             raise ValueError(f"aspect_ratio_type is {aspect_ratio_type!r}; choose one of {', '.join(ASPECT_RATIOS)}.")
+        self._read = get_reader(resize)
         if feature_dir is not None and not (load_vae_feat or load_text_feat):
             raise ValueError(f"feature_dir is {feature_dir}, but neither load_vae_feat nor load_text_feat is set.")
         self.image_size, self.transform = image_size, get_transform(transform)
@@ -208,12 +211,12 @@ class SanaImgDataset:
 
     def _image(self, index: int) -> Tensor:
         record = self.records[index]
-        picture = read_image(record.path, record.key, max_pixels=self.max_pixels)
+        picture = self._read(record.path, record.key, max_pixels=self.max_pixels)
         try:
             if not self.multi_scale:
                 return self.transform(picture, self.image_size)
             table = ASPECT_RATIOS[self.aspect_ratio_type]
-            ratio = self._buckets[index] if self._buckets else closest_ratio(picture.height, picture.width, table)
+            ratio = self._buckets[index] if self._buckets else closest_ratio(*picture_size(picture), table)
             return bucket_transform(picture, *table[ratio], self.aspect_ratio_type)
         except ValueError as error:
             raise BrokenSampleError(record.key, str(error)) from error

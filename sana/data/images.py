@@ -5,13 +5,15 @@ PNG, JPEG and WebP are told apart by their first bytes, not by their names, and 
 
 import io
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from torch import Tensor
 
 from sana.data.sample import BrokenSampleError
 
@@ -28,6 +30,22 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 Source = str | Path | bytes  # a file, or its content
+RESIZES = ("exact", "fast")
+
+
+def get_reader(resize: str) -> "Callable[..., Image.Image | Tensor]":
+    """Returns what decodes a picture: the transforms scale each kind by its own library.
+
+    Args:
+        resize: "exact": `read_image`, scaled by PIL as officially; "fast": `read_pixels`, scaled by torch in a quarter
+            of the time, at most two of 255 levels apart (tables of 2048 pixels and more: by PIL as well).
+
+    Raises:
+        ValueError: another name.
+    """
+    if resize not in RESIZES:
+        raise ValueError(f"resize is {resize!r}; choose one of {', '.join(RESIZES)}.")
+    return read_image if resize == "exact" else read_pixels
 
 
 def image_size(source: Source, key: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -59,6 +77,41 @@ def read_image(source: Source, key: str, *, max_pixels: int = MAX_PIXELS) -> Ima
         image.load()
         picture = _to_rgb(image)
         return picture.transpose(turn) if turn is not None else picture
+
+
+def read_pixels(source: Source, key: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """`read_image` as a tensor: plain JPEG files go through torchvision's decoder, which gives the same pixels faster.
+
+    Args:
+        source: path or content of the file.
+        key: of the record, for the error.
+        max_pixels: a larger image is refused before it is decoded.
+
+    Returns:
+        (3, H, W) uint8, the three colours of a pixel together in memory.
+
+    Raises:
+        BrokenSampleError: as `read_image`.
+    """
+    content = source
+    if not isinstance(content, bytes):
+        with _broken(key), open(content, "rb") as file:
+            content = file.read()
+    if _is_plain_jpeg(content, key, max_pixels):
+        from torchvision.io import ImageReadMode, decode_jpeg  # here: torchvision imports Triton
+
+        with suppress(RuntimeError):  # PIL is more patient with damaged files, or says what is wrong
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return torch.from_numpy(np.array(read_image(content, key, max_pixels=max_pixels))).permute(2, 0, 1)
+
+
+def _is_plain_jpeg(content: bytes, key: str, max_pixels: int) -> bool:
+    """Whether a file is an upright RGB or grey JPEG."""
+    if not content.startswith(b"\xff\xd8\xff"):
+        return False
+    with _broken(key), _opened(content) as file:
+        image = _header(file, key, max_pixels)
+        return image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) == 1
 
 
 @contextmanager

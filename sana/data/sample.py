@@ -37,8 +37,8 @@ class Sample:
         caption: the text.
         caption_type: where the caption came from: "prompt", or the name of a captioner.
         clip_score: of the caption, as text; "" where none was recorded.
-        image: (3, H, W) float32 in [-1, 1].
-        latents: (C, h, w) float32, scaled.
+        image: (3, H, W) uint8 (`sana.data.transforms.normalise_images` maps it to [-1, 1]).
+        latents: (C, h, w), scaled, in the dtype that they are stored in.
         prompt_embeds: (L, D) cached text features, trimmed to real tokens.
         prompt_mask: (L,) int64.
     """

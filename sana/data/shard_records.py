@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sana.data.aspect_ratio import ASPECT_RATIOS, closest_ratio
 from sana.data.captions import CAPTION_LINES, PROMPT, caption_of_text, captions_of_json, choose_caption, scores_of_json
-from sana.data.images import EXTENSIONS, MAX_PIXELS, image_size, read_image
+from sana.data.images import EXTENSIONS, MAX_PIXELS, get_reader, image_size
 from sana.data.safe_arrays import read_npy, read_npz
 from sana.data.sample import BrokenSampleError, Sample
 from sana.data.transforms import bucket_transform, get_transform
@@ -43,6 +43,7 @@ class RecordOptions:
     max_pixels: int = MAX_PIXELS
     load_vae_feat: bool = False
     load_text_feat: bool = False
+    resize: str = "exact"
 
     def __post_init__(self) -> None:
         if self.caption_lines not in CAPTION_LINES:
@@ -53,6 +54,7 @@ class RecordOptions:
         if self.image_size < 1:
             raise ValueError(f"image_size is {self.image_size}; it must be at least 1 pixel.")
         get_transform(self.transform)
+        get_reader(self.resize)
 
     def bucket(self, height: int, width: int) -> str:
         """The bucket of an image of this size."""
@@ -244,7 +246,7 @@ def _features(record: Record, options: RecordOptions, bucket: str) -> dict[str, 
 
 
 def _image(record: Record, options: RecordOptions, bucket: str) -> Tensor:
-    picture = read_image(record.image_bytes(), record.key, max_pixels=options.max_pixels)
+    picture = get_reader(options.resize)(record.image_bytes(), record.key, max_pixels=options.max_pixels)
     try:
         if options.multi_scale:
             return bucket_transform(picture, *options.size(bucket), options.aspect_ratio_type)

@@ -44,6 +44,7 @@ class SanaWebDataset:
         sort_dataset: order the shards by name over all of `data_dir`.
         caption_lines: of a `.txt` member, "first" or "all".
         max_pixels: a larger image is broken.
+        resize: "exact", as PIL scales pictures, or "fast", see `get_reader`.
         load_vae_feat: samples hold cached latents instead of images.
         load_text_feat: samples hold cached text features as well.
         feature_dir: a `FeatureCache` with them; None: the members `.npy` and `.npz`.
@@ -70,6 +71,7 @@ class SanaWebDataset:
         sort_dataset: bool = False,
         caption_lines: str = "first",
         max_pixels: int = MAX_PIXELS,
+        resize: str = "exact",
         load_vae_feat: bool = False,
         load_text_feat: bool = False,
         feature_dir: str | Path | None = None,
@@ -79,7 +81,7 @@ class SanaWebDataset:
             raise ValueError(f"feature_dir is {feature_dir}, but neither load_vae_feat nor load_text_feat is set.")
         self.options = RecordOptions(
             image_size, aspect_ratio_type, multi_scale, transform, clip_thr, clip_thr_temperature,
-            caption_lines, max_pixels, load_vae_feat, load_text_feat,
+            caption_lines, max_pixels, load_vae_feat, load_text_feat, resize,
         )  # fmt: skip
         self.caption_suffixes, self.score_suffixes = external_caption_suffixes, external_clipscore_suffixes
         self.feature_dir = feature_dir

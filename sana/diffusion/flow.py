@@ -5,6 +5,7 @@ velocity noise - latents (Sana, section 2.3; Esser et al. 2024, equations 12 to 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,6 +57,13 @@ def training_sigmas(flow_shift: float, num_train_timesteps: int = NUM_TRAIN_TIME
     check_flow_shift(flow_shift)
     sigma = 1.0 - torch.linspace(1.0, 0.001, num_train_timesteps, dtype=torch.float64)
     return shift_sigma(sigma, flow_shift)
+
+
+@lru_cache(maxsize=16)
+def _sigmas_on(device: torch.device, flow_shift: float) -> Tensor:
+    """`training_sigmas` on a device, copied there once: the copy makes the host wait."""
+    with torch.inference_mode(False):
+        return training_sigmas(flow_shift).to(device)
 
 
 def training_timesteps(sigma: Tensor) -> Tensor:
@@ -132,5 +140,5 @@ def flow_training_loss(
     Returns:
         (B,) float32.
     """
-    sigma = training_sigmas(flow_shift).to(index.device)[index]
+    sigma = _sigmas_on(index.device, flow_shift)[index]
     return flow_loss(model(add_noise(latents, noise, sigma), training_timesteps(sigma), **model_kwargs), latents, noise)

@@ -187,6 +187,7 @@ def build_dataset(
         sort_dataset=data.sort_dataset,
         caption_lines=options.caption_lines,
         max_pixels=options.max_pixels,
+        resize=options.resize,
         load_vae_feat=latents,
         load_text_feat=text,
         feature_dir=feature_dir,
@@ -209,7 +210,7 @@ def build_stream(config: SanaConfig, parallel: Parallel) -> StreamLoader:
     records = RecordOptions(
         config.model.image_size, config.model.aspect_ratio_type, config.model.multi_scale, data.transform,
         data.clip_thr, data.clip_thr_temperature, options.caption_lines, options.max_pixels,
-        data.load_vae_feat, data.load_text_feat,
+        data.load_vae_feat, data.load_text_feat, options.resize,
     )  # fmt: skip
     shards = StreamedShards(
         [folder for folder in data.data_dir if folder], records, rank=parallel.rank, world_size=parallel.world_size,

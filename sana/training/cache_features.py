@@ -23,7 +23,7 @@ from sana.data import DATASETS
 from sana.data.feature_cache import image_hash, latents_hash
 from sana.data.feature_writer import FeatureWriter
 from sana.data.sample import BrokenSampleError, DataError, Dataset
-from sana.data.transforms import fit_to_factor
+from sana.data.transforms import fit_to_factor, normalise_images
 from sana.models import build_autoencoder, build_text_encoder
 from sana.models.autoencoder.base import Autoencoder
 from sana.training.build import build_dataset
@@ -241,7 +241,7 @@ class _Encoder:
     def _encode_images(self, fresh: dict[str, Tensor]) -> Tensor:
         assert self.autoencoder is not None
         images = torch.stack(list(fresh.values())).to(next(self.autoencoder.parameters()).device)
-        images = fit_to_factor(images, self.autoencoder.downsample_factor)
+        images = fit_to_factor(normalise_images(images), self.autoencoder.downsample_factor)
         if not getattr(self.autoencoder, "sample_posterior", False):
             return self.autoencoder.encode(images)
         # Draws from a posterior: by the content, so that they do not depend on what was cached before.

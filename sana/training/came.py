@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from sana.training.skipping import unchanged_if
+
 
 def is_matrix(shape: torch.Size) -> bool:
     """Whether a parameter is a linear layer or a 1x1 convolution, whose second moments are factored."""
@@ -25,6 +27,7 @@ class CAMEWrapper(torch.optim.Optimizer):
 
     The state of each parameter: step (int), exp_avg (the parameter's shape); for a matrix (R, C) exp_avg_sq_row and
     exp_avg_res_row (R,), exp_avg_sq_col and exp_avg_res_col (C,); otherwise exp_avg_sq. Float32 for 16-bit parameters.
+    Where the attribute `found_inf` (see `skipping.py`) is 1, a step changes none of them; `step` is counted.
 
     Args:
         params: parameters or groups.
@@ -34,6 +37,9 @@ class CAMEWrapper(torch.optim.Optimizer):
         betas: decay of the averages of the update, of its square and of the deviation.
         weight_decay: decoupled weight decay.
     """
+
+    skips_on_device = True
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -84,7 +90,13 @@ class CAMEWrapper(torch.optim.Optimizer):
             state["step"] = 0
             self._create(state, gradient, parameter, group)
         state["step"] += 1
+        with unchanged_if(self.found_inf, [parameter, *(one for one in state.values() if isinstance(one, Tensor))]):
+            self._move(parameter, gradient, state, group, matrix)
 
+    def _move(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], matrix: bool
+    ) -> None:
+        """Changes the parameter and its state by a gradient, which is (R, C) for a matrix."""
         squared = gradient.square().add_(group["eps"][0])
         if matrix:
             update = _normalise(gradient, squared, state, "exp_avg_sq", group["betas"][1])

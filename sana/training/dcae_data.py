@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from sana.data.images import EXTENSIONS, read_image
 from sana.data.sample import BrokenSampleError, DataError, Dataset, Sample
 from sana.data.scenes import CELL, GRID, draw_scene, scenes
-from sana.data.transforms import get_transform
+from sana.data.transforms import get_transform, normalise_images
 from sana.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -111,7 +111,7 @@ class ImageFiles:
     def load(self, index: int, rng: random.Random) -> Sample:
         key, path = self.files[index]
         try:
-            return Sample(key, "", image=self.transform(read_image(path, key), self.image_size))
+            return Sample(key, "", image=normalise_images(self.transform(read_image(path, key), self.image_size)))
         except ValueError as error:  # a strip that would become enormous
             raise BrokenSampleError(key, str(error)) from error
 
@@ -200,7 +200,7 @@ class _Positions:
                 broken.append((error.key, error.reason))
                 continue
             assert sample.image is not None
-            return sample.image, broken
+            return normalise_images(sample.image), broken
         raise DataError(f"{len(broken)} images in a row cannot be read, the last of them {broken[-1][0]}")
 
 
@@ -243,7 +243,9 @@ def first_images(dataset: Dataset, count: int) -> Tensor:
     images = []
     for index in range(0, len(dataset), step):
         try:
-            images.append(dataset.load(index, random.Random(index)).image)
+            image = dataset.load(index, random.Random(index)).image
+            assert image is not None
+            images.append(normalise_images(image))
         except BrokenSampleError as error:
             logger.error("%s: %s", error.key, error.reason)
     if not images:

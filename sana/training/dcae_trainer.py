@@ -168,7 +168,7 @@ class DCAETrainer:
             terms["latent"] = latent_term(latents)
             loss = loss + options.weights.latent * terms["latent"]
         self.parallel.backward(loss)
-        norm = self.parallel.clip_gradients(1.0)
+        norm, _ = self.parallel.clip_gradients(1.0)
         if not torch.isfinite(norm):
             raise TrainingDivergedError(
                 f"Training diverged: the gradient of step {self.step} is {norm.item()}. The last checkpoint is as it "

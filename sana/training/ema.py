@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class ExponentialMovingAverage:
@@ -24,8 +25,12 @@ class ExponentialMovingAverage:
     def update(self, module: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, parameter in module.named_parameters():
-            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+        named = dict(module.named_parameters())
+        torch._foreach_lerp_(
+            [_local(self.average[name]) for name in named],
+            [_local(parameter.detach()).float() for parameter in named.values()],
+            1 - decay,
+        )
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -52,3 +57,8 @@ class ExponentialMovingAverage:
         self.updates = state["updates"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of an FSDP2 shard, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

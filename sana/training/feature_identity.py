@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sana.config import SanaConfig
+from sana.config_extra import data_extra
 from sana.data.feature_cache import FeatureCache
 from sana.models import build_autoencoder, build_text_encoder
 from sana.models.autoencoder.base import Autoencoder
@@ -31,9 +32,9 @@ def weights_hash(network: torch.nn.Module | PrecomputedTextEncoder) -> str:
 
 def latents_identity(config: SanaConfig, autoencoder: Autoencoder) -> dict[str, Any]:
     """Everything but the image that decides its latents."""
-    multi_scale = config.model.multi_scale
+    multi_scale, resize = config.model.multi_scale, data_extra(config.data.extra).resize
     return {
-        "transform": config.data.transform,
+        "transform": config.data.transform + (f", {resize} resize" if resize != "exact" else ""),
         "image_size": config.model.image_size,
         "multi_scale": multi_scale,
         "aspect_ratio_type": config.model.aspect_ratio_type if multi_scale else None,

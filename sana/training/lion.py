@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from sana.training.skipping import unchanged_if
+
+AT_ONCE = 8  # parameters that are kept twice while a step may still be left out
+
 
 class Lion(torch.optim.Optimizer):
     """Lion with decoupled weight decay; all parameters of a group are updated together, without waiting for the device.
+
+    Where the attribute `found_inf` (see `skipping.py`) is 1, a step changes nothing.
 
     Args:
         params: parameters or groups.
@@ -20,6 +26,9 @@ class Lion(torch.optim.Optimizer):
         betas: share of the momentum in the update, and decay of the momentum.
         weight_decay: decoupled weight decay, as much larger than AdamW's.
     """
+
+    skips_on_device = True
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -39,8 +48,9 @@ class Lion(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                self._update(parameters, group)
+            at_once = len(parameters) if self.found_inf is None else AT_ONCE
+            for start in range(0, len(parameters), at_once or 1):
+                self._update(parameters[start : start + at_once], group)
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -51,11 +61,12 @@ class Lion(torch.optim.Optimizer):
         averages = [_local(self.state[parameter]["exp_avg"]) for parameter in parameters]
         parameters = [_local(parameter) for parameter in parameters]
         beta1, beta2 = group["betas"]
-        updates = torch._foreach_lerp(averages, gradients, 1 - beta1)
-        torch._foreach_sign_(updates)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
-        torch._foreach_lerp_(averages, gradients, 1 - beta2)
+        with unchanged_if(self.found_inf, [*parameters, *averages]):
+            updates = torch._foreach_lerp(averages, gradients, 1 - beta1)
+            torch._foreach_sign_(updates)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+            torch._foreach_lerp_(averages, gradients, 1 - beta2)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from sana.training.skipping import unchanged_if
+
 NEWTON_SCHULZ = (
     3.4445,
     -4.7750,
@@ -42,6 +44,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
     """
 
+    skips_on_device = True
+    found_inf: Tensor | None = None
+
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -54,13 +59,18 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                buffer = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(buffer, group["momentum"])
-                matrix = _whole(update).flatten(1).bfloat16()
-                scale = 0.2 * max(matrix.shape) ** 0.5
-                direction = orthogonalise(matrix).reshape(parameter.shape).to(parameter.dtype)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(_like(direction, parameter), alpha=-group["lr"] * scale)
+                with unchanged_if(self.found_inf, [parameter, state["momentum"]]):
+                    self._move(parameter, state["momentum"], group)
+
+    def _move(self, parameter: Tensor, momentum: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
+        momentum.lerp_(parameter.grad, 1 - group["momentum"])
+        update = parameter.grad.lerp(momentum, group["momentum"])
+        matrix = _whole(update).flatten(1).bfloat16()
+        scale = 0.2 * max(matrix.shape) ** 0.5
+        direction = orthogonalise(matrix).reshape(parameter.shape).to(parameter.dtype)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(_like(direction, parameter), alpha=-group["lr"] * scale)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -78,7 +88,9 @@ def _like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """One optimiser: Muon for the matrices, `torch.optim.AdamW` for everything else. Type "Muon" of a configuration.
+    """One optimiser: Muon for the matrices, fused `torch.optim.AdamW` for everything else. A configuration's "Muon".
+
+    Where the attribute `found_inf` (see `skipping.py`) is 1, a step changes nothing.
 
     Args:
         params: pairs (name, parameter), or groups of them; each group becomes one of matrices and one of the rest.
@@ -89,6 +101,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         adamw_betas, adamw_eps, adamw_weight_decay: of the rest.
         exclude: parameters with one of these words in their name belong to the rest.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -120,9 +134,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
             self._parts.append(Muon(matrices, lr, momentum, weight_decay))
         if rest:
             self._parts.append(
-                torch.optim.AdamW(rest, betas=adamw_betas, eps=adamw_eps, weight_decay=adamw_weight_decay)
+                torch.optim.AdamW(rest, betas=adamw_betas, eps=adamw_eps, weight_decay=adamw_weight_decay, fused=True)
             )
         super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether every group of AdamW is fused; those of an older checkpoint are not."""
+        return all("momentum" in group or group["fused"] for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -135,6 +154,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             orthogonal = isinstance(part, Muon)
             part.param_groups = [group for group in self.param_groups if ("momentum" in group) == orthogonal]
             part.state = self.state
+            part.found_inf = self.found_inf  # type: ignore[attr-defined]
             part.step()
         return loss
 

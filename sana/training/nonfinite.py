@@ -42,7 +42,8 @@ class Evidence:
         tensors: of the batch of this process, the most telling first: latents, sigma, noise, prompt embeddings.
         find_layer: runs the model again and names the first layer that is not finite, for example
             `lambda: first_nonfinite_layer(model, latents, timestep, embeds, mask=mask)`. It is called on every process.
-        parameters: names and parameters whose gradients are searched.
+        parameters: names and parameters whose gradients are searched, where `gradient_norms` is empty.
+        gradient_norms: of every gradient before clipping, by name, in the order of the parameters.
         local_loss: the loss of this process alone; None where it is not known.
     """
 
@@ -51,6 +52,7 @@ class Evidence:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     find_layer: Callable[[], str | None] | None = None
     parameters: Iterable[tuple[str, nn.Parameter]] = ()
+    gradient_norms: Mapping[str, float] = field(default_factory=dict)
     local_loss: float | None = None
 
 
@@ -76,7 +78,7 @@ class NonFiniteGuard:
         self.bundles: list[str] = []
 
     def check(self, step: int, loss: float, grad_norm: float, evidence: Callable[[], Evidence] | None = None) -> bool:
-        """Looks at one step, after its backward pass and before its gradients are cleared.
+        """Looks at one step after its backward pass, and before its optimiser step or when the device has left that out.
 
         Args:
             step: the number of the step.
@@ -153,7 +155,7 @@ def write_bundle(
         "world_size": distributed.world_size(),
         "local_loss": None if evidence.local_loss is None else str(evidence.local_loss),
         "first_bad_layer": _search(evidence.find_layer),
-        "first_bad_gradient": _search(lambda: first_nonfinite_gradient(evidence.parameters)),
+        "first_bad_gradient": _search(lambda: _first_bad_gradient(evidence)),
         "keys": [str(key) for key in evidence.keys[:MAX_ROWS]],
         "captions": [str(caption)[:MAX_LETTERS] for caption in evidence.captions[:MAX_ROWS]],
         "tensors": {name: _describe(tensor) for name, tensor in evidence.tensors.items()},
@@ -185,6 +187,12 @@ def first_nonfinite_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) -> 
         if grad is not None and not bool(torch.isfinite(getattr(grad, "to_local", lambda grad=grad: grad)()).all()):
             return name
     return None
+
+
+def _first_bad_gradient(evidence: Evidence) -> str | None:
+    if evidence.gradient_norms:
+        return next((name for name, norm in evidence.gradient_norms.items() if not math.isfinite(norm)), None)
+    return first_nonfinite_gradient(evidence.parameters)
 
 
 def _search(find: Callable[[], str | None] | None) -> str | None:

@@ -11,6 +11,7 @@ from sana.diffusion.flow import flow_training_loss
 from sana.diffusion.timestep_sampling import sample_timesteps
 from sana.models.transformer.sana import Sana
 from sana.training.captions import CaptionEncoder
+from sana.utils.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Draws:
     dropped: Tensor
 
     def to(self, device: torch.device) -> "Draws":
-        return Draws(self.noise.to(device), self.index.to(device), self.dropped.to(device))
+        """On a device, without waiting for it."""
+        return Draws(*(to_device(tensor, device) for tensor in (self.noise, self.index, self.dropped)))
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,8 @@ def build_optimizer(
         raise ConfigError("There is nothing to train: no parameter requires a gradient.")
     if name == "Prodigy" and len(groups) > 1:
         raise ConfigError("train.lr_scale does not work with Prodigy, which finds one learning rate for everything.")
+    if name == "AdamW" and not {"fused", "foreach", "capturable", "differentiable"} & arguments.keys():
+        arguments["fused"] = True  # one kernel for all parameters, on a CPU as well
     if name != "Muon":
         for group in groups:
             group["params"] = [parameter for _, parameter in group["params"]]

@@ -60,6 +60,8 @@ class Parallel:
             backend = "cuda:nccl,cpu:gloo" if on_gpu else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.sharded = use_fsdp
+        # Numbers that only hosts know are exchanged between hosts: NCCL would make them wait for their devices.
+        self.hosts = dist.new_group(backend="gloo") if on_gpu and self.world_size > 1 else None
         self.module: nn.Module
         self.wrapped: nn.Module
 
@@ -111,17 +113,35 @@ class Parallel:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def clip_gradients(self, greatest: float) -> Tensor:
-        """Scales all gradients so that their common norm is at most `greatest`; returns the norm before (0-d)."""
+    def clip_gradients(self, greatest: float) -> tuple[Tensor, Tensor | None]:
+        """Scales all gradients so that their common norm is at most `greatest`.
+
+        Returns:
+            The norm before (0-d), and the norms (n,) of the n gradients in the order of the parameters; None for those
+            of shards or of a scaled loss.
+        """
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
         if self.sharded:
             norm = torch.nn.utils.clip_grad_norm_(parameters, greatest)
-            return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return self.accelerator.clip_grad_norm_(parameters, greatest)
+            return self.full(norm), None
+        if self.mixed_precision == "fp16" or not parameters:
+            return self.accelerator.clip_grad_norm_(parameters, greatest), None
+        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+        total = torch.linalg.vector_norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(parameters, greatest, total)
+        return total, norms
 
     def sum(self, *values: float) -> list[float]:
         """Sums numbers over all processes: one exchange, the same result everywhere."""
         return self._reduce(values, dist.ReduceOp.SUM)
+
+    def sum_on_device(self, value: Tensor) -> Tensor:
+        """Sums a tensor over all processes without the host waiting for it."""
+        if self.world_size == 1:
+            return value
+        result = value.clone()
+        dist.all_reduce(result, dist.ReduceOp.SUM)
+        return result
 
     def max(self, *values: float) -> list[float]:
         """The greatest of each number over all processes, the same everywhere."""
@@ -130,8 +150,8 @@ class Parallel:
     def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
         if self.world_size == 1:
             return [float(value) for value in values]
-        result = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(result, operation)
+        result = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(result, operation, group=self.hosts)
         return result.tolist()
 
     def gather(self, value: Any) -> list[Any]:

@@ -55,6 +55,10 @@ class Report:
         for part in (self.bar, self.log, self.tracker):
             part.close()
 
+    def is_due(self, step: int) -> bool:
+        """Whether a line is written after so many steps."""
+        return step % self.trainer.config.train.log_interval == 0 or step == self.trainer.total_steps
+
     def step(self, loss: float, grad_norm: float, *, images: int) -> None:
         """Takes note of a step; every `train.log_interval` steps their mean goes to bar, file and tracker."""
         trainer = self.trainer
@@ -65,7 +69,7 @@ class Report:
         self.speed.update(trainer.step, images)
         self.seconds = self.speed.seconds
         self.bar.update()
-        if trainer.step % trainer.config.train.log_interval and trainer.step != trainer.total_steps:
+        if not self.is_due(trainer.step):
             return
         values = {
             "epoch": trainer.epochs,
@@ -83,6 +87,7 @@ class Report:
         """Pictures of the validation prompts by the averaged weights. Every process must call it."""
         trainer = self.trainer
         assert self.validator is not None
+        trainer.settle()
         with self.speed.paused(), trainer.ema.applied(trainer.objective) if trainer.ema else nullcontext():
             path = self.validator.run(trainer.step)
             trainer.parallel.barrier()

@@ -32,6 +32,7 @@ logger = get_logger(__name__)
 
 def save(trainer: "Trainer") -> None:
     """Writes a checkpoint of everything that decides what comes next. Every process must call it."""
+    trainer.settle()
     parallel = trainer.parallel
     weights = {
         "module": parallel.module_state(),
@@ -101,6 +102,7 @@ def resume(trainer: "Trainer") -> None:
 
 def export(trainer: "Trainer", folder: Path) -> None:
     """Writes the weights as a model folder that `SanaPipeline.from_pretrained` reads. Every process must call it."""
+    trainer.settle()
     full = _full_weights(trainer)
     if trainer.parallel.is_main:
         _write_export(trainer, folder, full)

@@ -207,6 +207,7 @@ class SelfTest:
         before = {name: value.clone() for name, value in trainer.ema.average.items()}
         updates = trainer.ema.updates + 1
         trainer.train_step([self._few()])
+        trainer.settle()
         if trainer.guard.count:
             raise CheckFailedError("the loss or its gradient is not finite: the step was skipped")
         decay = min(self.config.train.ema_rate, (1 + updates) / (10 + updates))
@@ -231,6 +232,7 @@ class SelfTest:
         for _ in range(FALLING_STEPS):
             trainer.samples = 0  # the position in the run decides the noise
             trainer.train_step([self._few()])
+            trainer.settle()
             losses.append(trainer.report.losses[-1])
         trainer.samples = before
         numbers = {"first": losses[0], "last": losses[-1]}

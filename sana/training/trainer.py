@@ -5,6 +5,8 @@ train_log.py and validation.py.
 """
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from sana.config import ConfigError, SanaConfig
 from sana.config_extra import train_extra
 from sana.data.collate import Batch
 from sana.data.sample import DataError
-from sana.data.transforms import fit_to_factor
+from sana.data.transforms import fit_to_factor, normalise_images
 from sana.models.layers.finite import first_nonfinite_layer
 from sana.training import run_state
 from sana.training.build import (
@@ -26,6 +28,7 @@ from sana.training.build import (
     require_start,
 )
 from sana.training.checkpoints import Checkpoints, check_writable
+from sana.training.device_batches import DeviceCopies
 from sana.training.ema import ExponentialMovingAverage
 from sana.training.lr_scheduler import build_lr_scheduler
 from sana.training.nonfinite import Evidence, NonFiniteGuard
@@ -34,11 +37,34 @@ from sana.training.optimizer import auto_scale_lr, build_optimizer, fsdp_refusal
 from sana.training.parallel import Parallel
 from sana.training.report import Report
 from sana.training.signals import SignalWatch, StoppedBySignal
+from sana.training.skipping import skips_on_device, step_unless, uncount_step
 from sana.training.text import embed_captions
 from sana.utils.logging import get_logger
 from sana.utils.seed import seed_everything
+from sana.utils.transfer import PendingNumbers
 
 logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _OpenStep:
+    """A step whose gradients are computed and whose numbers the host has not read.
+
+    Attributes:
+        number: of the step, from 0.
+        samples: images that the run had seen before it.
+        batches: micro-batches of this process.
+        total: sum of the weights of its images, over all processes.
+        taken: whether the optimiser's step has been asked for, to be left out by the device if it is not finite.
+        numbers: loss, norm of the gradient, loss of this process, norms of all gradients.
+    """
+
+    number: int
+    samples: int
+    batches: list[Batch]
+    total: float
+    taken: bool
+    numbers: PendingNumbers
 
 
 class Trainer:
@@ -78,6 +104,11 @@ class Trainer:
             keep_last=self.extra.keep_last, keep_every=self.extra.keep_every, asynchronous=self.extra.async_save,
         )  # fmt: skip
         self.step = self.samples = 0  # optimiser steps done; images seen by all processes
+        self.copies = DeviceCopies(self.parallel.device)
+        self.ahead = (
+            self.parallel.device.type == "cuda"
+        )  # steps are asked for before the one before is known to be good
+        self._open: _OpenStep | None = None
         self.report = Report(self)
         run_state.resume(self)
 
@@ -117,29 +148,65 @@ class Trainer:
         Args:
             batches: this process's micro-batches, each of B images.
         """
-        weight = sum(float(batch.weights.sum()) for batch in batches)
-        (total,) = self.parallel.sum(weight)
-        mine, size = 0.0, len(batches[0].keys)
+        (total,) = self.parallel.sum(sum(float(batch.weights.sum()) for batch in batches))
+        mine, size = torch.zeros((), dtype=torch.float64, device=self.parallel.device), len(batches[0].keys)
         for number, batch in enumerate(batches):
             first = self.samples + (number * self.parallel.world_size + self.parallel.rank) * size
             with self.parallel.accumulate(last=number + 1 == len(batches)):
-                losses = self.losses(batch.to(self.parallel.device), first)
-                share = (losses * batch.weights.to(losses)).sum()
+                copied = self.copies(batch)
+                losses = self.losses(copied, first)
+                share = (losses * copied.weights.to(losses)).sum()
                 self.parallel.backward(share * (self.parallel.world_size / max(total, 1.0)))  # processes are averaged
-            mine += share.detach().item()
-        grad_norm = self.parallel.clip_gradients(self.config.train.gradient_clip).item()
-        loss = self.parallel.sum(mine)[0] / max(total, 1.0)
+            mine += share.detach()
+        norm, norms = self.parallel.clip_gradients(self.config.train.gradient_clip)
+        self.settle()
+        self._open = self._take(batches, total, self.parallel.sum_on_device(mine) / max(total, 1.0), norm, mine, norms)
+        self.step += 1
+        self.samples += len(batches) * size * self.parallel.world_size
+        if not self._open.taken or self.report.is_due(self.step):
+            self.settle()
+        self.optimizer.zero_grad()
+
+    def _take(
+        self, batches: list[Batch], total: float, loss: Tensor, norm: Tensor, mine: Tensor, norms: Tensor | None
+    ) -> _OpenStep:
+        """Asks for the optimiser's step where the device can leave it out by itself; `settle` decides it otherwise.
+
+        That needs an optimiser which knows how. Loss scaling and shards have rules of their own.
+        """
+        plain = not self.parallel.sharded and self.parallel.mixed_precision != "fp16"
+        taken = self.ahead and plain and total > 0 and skips_on_device(self.optimizer)
+        if taken:
+            step_unless(self.optimizer, ~(torch.isfinite(loss) & torch.isfinite(norm)))
+        numbers = torch.stack([loss, norm.double(), mine])
+        numbers = numbers if norms is None else torch.cat([numbers, norms.double()])
+        return _OpenStep(self.step, self.samples, batches, total, taken, PendingNumbers(numbers))
+
+    def settle(self) -> None:
+        """Ends the step before: guard, optimiser (unless it was asked already), learning rate, average, report.
+
+        On a CUDA device that happens when the gradients of the next step are asked for, so that the device never waits
+        for the host; and at once where a line of the log, a checkpoint or a picture needs it.
+
+        Raises:
+            TrainingDivergedError: too many steps with a loss or gradient that is not finite.
+        """
+        if self._open is None:
+            return
+        step, self._open = self._open, None
+        loss, norm, mine, *norms = step.numbers.read()
         scaled = self.parallel.mixed_precision == "fp16"  # then an infinite gradient is the loss scaler's business
-        norm = 0.0 if scaled else grad_norm
-        if not self.guard.check(self.step, loss, norm, lambda: self._evidence(batches, mine)) and total:
-            self.optimizer.step()
+        skip = self.guard.check(step.number, loss, 0.0 if scaled else norm, lambda: self._evidence(step, mine, norms))
+        if skip and step.taken:
+            uncount_step(self.optimizer)
+        elif not skip and step.total:
+            if not step.taken:
+                self.optimizer.step()
             self.scheduler.step()
             if self.ema is not None:
                 self.ema.update(self.objective)
-        self.optimizer.zero_grad()
-        self.step += 1
-        self.samples += len(batches) * size * self.parallel.world_size
-        self.report.step(loss, grad_norm, images=len(batches) * size * self.parallel.world_size)
+        images = sum(len(batch.keys) for batch in step.batches)
+        self.report.step(loss, norm, images=images * self.parallel.world_size)
 
     def losses(self, batch: Batch, first: int) -> Tensor:
         """Loss of every image (B,): encode images, encode prompts, draw noise and timesteps, predict.
@@ -161,7 +228,8 @@ class Trainer:
             return batch.latents.float()
         autoencoder = self.networks.autoencoder
         assert autoencoder is not None and batch.images is not None
-        return autoencoder.encode(fit_to_factor(batch.images, autoencoder.downsample_factor)).float()
+        images = normalise_images(batch.images)
+        return autoencoder.encode(fit_to_factor(images, autoencoder.downsample_factor)).float()
 
     def encode_prompts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Text features (B, L, C) and mask (B, L); none where the text encoder is trained: it gets the captions."""
@@ -171,20 +239,26 @@ class Trainer:
             return batch.prompt_embeds, batch.prompt_mask
         return embed_captions(self.networks.text_encoder, batch.captions)
 
-    def _evidence(self, batches: list[Batch], loss: float) -> Evidence:
-        """What a bundle about a step that is not finite is made of: the last micro-batch, and a search through it."""
+    def _evidence(self, step: _OpenStep, loss: float, norms: Sequence[float]) -> Evidence:
+        """What a bundle about a step that is not finite is made of: the last micro-batch, and a search through it.
+
+        The weights are still those of the step: it was left out, and no later one has been taken.
+        """
+        batches = step.batches
         batch = batches[-1].to(self.parallel.device)
         latents = self.encode_images(batch)
         embeds, mask = self.encode_prompts(batch)
-        first = self.samples + ((len(batches) - 1) * self.parallel.world_size + self.parallel.rank) * len(latents)
+        first = step.samples + ((len(batches) - 1) * self.parallel.world_size + self.parallel.rank) * len(latents)
         draws = draw(range(first, first + len(latents)), latents.shape[1:], self.noise).to(latents.device)
         tensors = {"latents": latents, "noise": draws.noise, "index": draws.index}
+        trained = [name for name, parameter in self.objective.named_parameters() if parameter.grad is not None]
         return Evidence(
             keys=[key for each in batches for key in each.keys],
             captions=[caption for each in batches for caption in each.captions],
             tensors=tensors if embeds is None else {**tensors, "prompt_embeds": embeds},
             find_layer=lambda: first_nonfinite_layer(self.objective, latents, draws, embeds, mask, batch.captions),
             parameters=self.objective.named_parameters(),
+            gradient_norms=dict(zip(trained, norms, strict=True)) if len(trained) == len(norms) else {},
             local_loss=loss,
         )
 

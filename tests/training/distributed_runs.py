@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -338,6 +338,7 @@ def run_job(job: dict[str, Any]) -> int:
     Returns:
         The exit code of the last command that ran: one that fails is the last.
     """
+    from sana.data.transforms import normalise_images
     from sana.training import trainer as module
 
     rank = int(os.environ.get("RANK", "0"))
@@ -355,7 +356,9 @@ def run_job(job: dict[str, Any]) -> int:
             if job.get("fail") == [rank, self.step]:
                 raise RuntimeError("this process was told to fail")
             if job.get("poison") == [rank, self.step]:
-                batches[-1].images[-1] = math.nan
+                images = normalise_images(batches[-1].images)
+                images[-1] = math.nan
+                batches[-1] = replace(batches[-1], images=images)
             super().train_step(batches)
 
     original, module.Trainer = module.Trainer, Watched

@@ -63,7 +63,10 @@ def test_one_optimiser_moves_as_two_by_hand():
     combined = MuonWithAdamW(one.named_parameters(), 1e-2, adamw_lr=2e-3, exclude=("2.",))
     matrices, rest = split_parameters(two, exclude=("2.",))
     assert [tuple(p.shape) for p in matrices] == [(30, 40)]
-    parts = Muon(matrices, 1e-2, weight_decay=0.01), torch.optim.AdamW(rest, 2e-3, (0.9, 0.98), weight_decay=0.0)
+    parts = (
+        Muon(matrices, 1e-2, weight_decay=0.01),
+        torch.optim.AdamW(rest, 2e-3, (0.9, 0.98), weight_decay=0.0, fused=True),
+    )
     for ours, expected in zip(train(one, combined), train(two, *parts), strict=True):
         assert torch.equal(ours, expected)
 

@@ -111,7 +111,7 @@ def test_a_broken_sample_does_not_count(image_options):
         batch,
         type(batch)(**{**vars(batch), "images": batch.images.clone(), "weights": torch.tensor([1.0, 1, 1, 0])}),
     )
-    dirty.images[3] = 0.5
+    dirty.images[3] = 191
     trainer.optimizer = torch.optim.SGD(trainer.objective.parameters(), lr=0.0)
     losses = [trainer.losses(each, 0) for each in (clean, dirty)]
     assert torch.equal(losses[0][:3], losses[1][:3]) and losses[0][3] != losses[1][3]
