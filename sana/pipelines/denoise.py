@@ -1,12 +1,14 @@
 """The transformer as the function a sampler calls: guidance branches stacked into one forward. No sampler is here."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sana.models.layers.finite import first_nonfinite_layer
 from sana.models.text_encoder.base import PromptEmbeds
+from sana.models.transformer.caches import TextCache, TimeCache
 
 TIMESTEPS = 1000.0  # the transformer sees sigma in [0, 1] as a timestep in [0, 1000]
 
@@ -37,12 +39,16 @@ def check_finite(output: Tensor, network: nn.Module, what: str, *args: object, *
 class TransformerDenoiser:
     """Velocity of every branch of guidance for a batch of latents, from one call of the transformer.
 
+    What steps share is computed once: keys and values of the texts, and, with `times`, the modulation of every step.
+
     Args:
         transformer: `SanaMS` or a class of its kind.
         prompt: embeddings of the prompts, one row an image.
         null: embeddings of the null caption or the negative prompts, one row an image.
         pag_layers: the blocks that use identity self-attention for the perturbed branch.
         dtype: what the transformer computes in; latents stay float32 outside.
+        times: noise levels whose modulation is computed together, in advance; others are as they come.
+        checked: whether every prediction is searched for values that are not finite. On a GPU that waits for it.
     """
 
     def __init__(
@@ -53,13 +59,20 @@ class TransformerDenoiser:
         *,
         pag_layers: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
+        times: Tensor | None = None,
+        checked: bool = True,
     ) -> None:
-        self.transformer = transformer
+        self.transformer: Any = transformer
         self.pag_layers = tuple(pag_layers)
         self.dtype = dtype
+        self.checked = checked
         self._prompt = prompt
         self._null = self._cut(null, prompt.embeds.shape[1]) if null is not None else None
-        self._text: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._texts: dict[tuple[str, ...], TextCache | tuple[Tensor, Tensor]] = {}
+        self._times: dict[float, TimeCache] = {}
+        self._cached = has_caches(transformer)
+        if self._cached and times is not None:
+            self._make_times(times)
 
     @staticmethod
     def _cut(null: PromptEmbeds, length: int) -> PromptEmbeds:
@@ -77,13 +90,15 @@ class TransformerDenoiser:
 
         The mask of the prompt serves the null branch too: the released models are sampled so.
         """
-        if branches not in self._text:
-            if "uncond" in branches and self._null is None:
-                raise ValueError("Guidance needs the embeddings of the null caption, and none were made.")
-            sources = [self._null if branch == "uncond" else self._prompt for branch in branches]
-            embeds = torch.cat([source.embeds for source in sources if source is not None])
-            self._text[branches] = (embeds[:, None].to(self.dtype), self._prompt.mask.repeat(len(branches), 1))
-        return self._text[branches]
+        embeds = torch.cat([self._embeds(branch) for branch in branches])
+        return embeds[:, None].to(self.dtype), self._prompt.mask.repeat(len(branches), 1)
+
+    def _embeds(self, branch: str) -> Tensor:
+        if branch != "uncond":
+            return self._prompt.embeds
+        if self._null is None:
+            raise ValueError("Guidance needs the embeddings of the null caption, and none were made.")
+        return self._null.embeds
 
     def __call__(self, latents: Tensor, sigma: Tensor, branches: tuple[str, ...]) -> dict[str, Tensor]:
         """Evaluates the branches.
@@ -100,16 +115,44 @@ class TransformerDenoiser:
             NonFiniteError: the transformer's output is not finite.
         """
         rows = latents.shape[0]
-        embeds, mask = self.text(branches)
         stacked = latents.to(self.dtype).repeat(len(branches), 1, 1, 1)
-        timestep = (sigma.to(device=latents.device, dtype=torch.float32) * TIMESTEPS).expand(stacked.shape[0])
         perturbed = {"pag_layers": self.pag_layers, "pag_rows": rows} if "perturbed" in branches else {}
-        arguments = {"mask": mask, **perturbed}
-        output = self.transformer(stacked, timestep, embeds, **arguments)
+        if branches not in self._texts:
+            texts = self.text(branches)
+            self._texts[branches] = self.transformer.cache_text(*texts) if self._cached else texts
+        text = self._texts[branches]
+        if isinstance(text, TextCache):
+            output = self.transformer(stacked, self._time(sigma), text, **perturbed)
+        else:
+            output = self.transformer(stacked, self._timesteps(sigma, len(stacked)), text[0], mask=text[1], **perturbed)
         output = output[:, : latents.shape[1]].float()  # a model that also predicts a variance has more channels
-        what = f"transformer at timestep {float(timestep[0]):.1f}"
-        check_finite(output, self.transformer, what, stacked, timestep, embeds, **arguments)
+        if self.checked and not torch.isfinite(output).all():
+            what, timesteps = (
+                f"transformer at timestep {float(sigma) * TIMESTEPS:.1f}",
+                self._timesteps(sigma, len(stacked)),
+            )
+            embeds, mask = self.text(branches)
+            check_finite(output, self.transformer, what, stacked, timesteps, embeds, mask=mask, **perturbed)
         return dict(zip(branches, output.chunk(len(branches)), strict=True))
+
+    def _timesteps(self, sigma: Tensor, rows: int) -> Tensor:
+        return (sigma.to(device=self._prompt.mask.device, dtype=torch.float32) * TIMESTEPS).expand(rows)
+
+    def _time(self, sigma: Tensor) -> TimeCache:
+        if float(sigma) not in self._times:
+            self._make_times(sigma[None])
+        return self._times[float(sigma)]
+
+    def _make_times(self, times: Tensor) -> None:
+        timesteps = times.to(device=self._prompt.mask.device, dtype=torch.float32) * TIMESTEPS
+        self._times |= zip(times.tolist(), self.transformer.cache_time(timesteps), strict=True)
+
+
+def has_caches(transformer: nn.Module) -> bool:
+    """Whether texts and times can be prepared for a transformer. Not for a sharded one: only its forward gathers it."""
+    if not getattr(transformer, "cacheable", False):
+        return False
+    return type(next(transformer.parameters())) is nn.Parameter
 
 
 class SprintDenoiser:

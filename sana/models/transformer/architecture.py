@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sana.ops.backend import require_torch_equivalent
+from sana.ops.backend import plain_kind
 from sana.registry import suggest
 
-ATTENTION_TYPES = ("linear", "flash", "vanilla")
+ATTENTION_TYPES = ("linear", "flash", "vanilla", "triton_linear")
 CROSS_ATTENTION_TYPES = ("flash", "vanilla")
-FFN_TYPES = ("glumbconv", "glumbconv_dilate", "mlp", "dwmlp", "mbconvpreglu")
+FFN_TYPES = ("glumbconv", "glumbconv_dilate", "mlp", "dwmlp", "mbconvpreglu", "triton_mbconvpreglu")
 POSITION_TYPES = ("sincos", "3d_rope", "flux_rope")
 # Official arguments that never reach a layer of these networks: accepted when they ask for nothing.
 NO_EFFECT = {"config", "micro_condition", "lr_scale", "null_embed_path", "autocast_linear_attn"}
@@ -36,8 +36,9 @@ class SanaArchitecture:
         qk_norm: whether self-attention normalises queries and keys (ignored by `attn_type="vanilla"`).
         y_norm: whether projected captions pass an RMSNorm.
         norm_eps: eps of that norm.
-        attn_type: "linear", "flash" or "vanilla" self-attention.
-        ffn_type: "glumbconv", "glumbconv_dilate", "mlp", "dwmlp" or "mbconvpreglu".
+        attn_type: "linear", "flash" or "vanilla" self-attention; "triton_linear" is linear by Triton kernels.
+        ffn_type: "glumbconv", "glumbconv_dilate", "mlp", "dwmlp" or "mbconvpreglu"; "triton_mbconvpreglu" is the last
+            by Triton kernels.
         use_pe: whether a position embedding is used at all.
         y_norm_scale_factor: initial weight of the caption norm.
         patch_embed_kernel: kernel of the patch convolution; None means `patch_size`.
@@ -100,7 +101,6 @@ class SanaArchitecture:
         Raises:
             TypeError: an argument is unknown.
             ValueError: a value is impossible.
-            NotImplementedError: a value needs a Triton kernel.
         """
         known = [field.name for field in fields(cls)]
         values = dict(kwargs)
@@ -127,7 +127,6 @@ class SanaArchitecture:
             ("pos_embed_type", POSITION_TYPES),
         ):
             value = getattr(self, key)
-            require_torch_equivalent(value)
             if value not in allowed:
                 raise ValueError(
                     f"{key}={value!r} is not known.{suggest(str(value), list(allowed))} Allowed: {allowed}."
@@ -137,7 +136,7 @@ class SanaArchitecture:
                 raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}.")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}.")
-        if self.attn_type == "linear" and self.hidden_size % self.linear_head_dim:
+        if plain_kind(self.attn_type)[0] == "linear" and self.hidden_size % self.linear_head_dim:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of linear_head_dim {self.linear_head_dim}."
             )
@@ -158,7 +157,8 @@ class SanaArchitecture:
     @property
     def head_dim(self) -> int:
         """Width of a self-attention head."""
-        return self.linear_head_dim if self.attn_type == "linear" else self.hidden_size // self.num_heads
+        linear = plain_kind(self.attn_type)[0] == "linear"
+        return self.linear_head_dim if linear else self.hidden_size // self.num_heads
 
     @property
     def out_channels(self) -> int:

@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana.models.layers.linear import Linear
 from sana.models.layers.norms import RMSNorm
 from sana.models.transformer.position import Rotary, apply_rotary
-from sana.ops import relu_linear_attention
+from sana.ops import linear_attention, relu_linear_attention
+from sana.ops.backend import BACKENDS
+
+KeyValue = tuple[Tensor, Tensor]
 
 FP16_MAX = 65504.0
 
@@ -23,6 +27,8 @@ class SelfAttention(nn.Module):
         clip_fp16: whether the output is clipped to +-65504, which is trained into checkpoints of float16 lineage.
     """
 
+    backend = "auto"
+
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, clip_fp16: bool = False) -> None:
         super().__init__()
         if dim % num_heads:
@@ -30,10 +36,10 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.clip_fp16 = clip_fp16
         self.fp32_attention = False
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None, identity_rows: int = 0) -> Tensor:
         """Mixes tokens of each row.
@@ -107,6 +113,22 @@ class LinearAttention(SelfAttention):
             self.q_norm = RMSNorm(dim, eps=norm_eps)
             self.k_norm = RMSNorm(dim, eps=norm_eps)
 
+    def _attend(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        if self.backend != "triton":
+            return super()._attend(x, rotary)
+        if rotary is not None:
+            raise ValueError("the Triton linear attention does not rotate queries and keys; use attn_type 'linear'.")
+        qkv = self.qkv(x)
+        weights = {f"{name}_weight": norm.weight for name, norm in self._norms().items()}
+        wide = qkv.float() if self.fp32_attention else qkv
+        norm_eps = next((norm.eps for norm in self._norms().values()), 1e-5)
+        out = linear_attention(wide, self.num_heads, eps=self.eps, norm_eps=norm_eps, backend="triton", **weights)
+        return out.to(qkv.dtype)
+
+    def _norms(self) -> dict[str, RMSNorm]:
+        norms = {"q": self.q_norm, "k": self.k_norm}
+        return {name: norm for name, norm in norms.items() if isinstance(norm, RMSNorm)}
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rotary: Rotary | None) -> Tensor:
         if rotary is not None:  # before the ReLU, so that the denominator stays a sum of positive terms
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
@@ -151,36 +173,40 @@ class CrossAttention(nn.Module):
             raise ValueError(f"width {dim} must be a multiple of the number of heads {num_heads}.")
         self.num_heads = num_heads
         self.fp32_attention = False
-        self.q_linear = nn.Linear(dim, dim)
-        self.kv_linear = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q_linear = Linear(dim, dim)
+        self.kv_linear = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         self.q_norm = RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim, eps=norm_eps) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cond: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor | KeyValue, mask: Tensor | None = None) -> Tensor:
         """Reads the text.
 
         Args:
             x: (B, N, D) image tokens.
-            cond: (B, L, D) or (B, 1, L, D) text tokens.
+            cond: (B, L, D) or (B, 1, L, D) text tokens; or their keys and values, made by `key_value`.
             mask: None, or (B, L) with non-zero for tokens that may be read. A row of zeros means that no token is
                 preferred: all are read, as the official bias of -10000 on every logit has it.
 
         Returns:
             (B, N, D), dtype of `x`.
         """
-        if cond.dim() == 4:
-            cond = cond.squeeze(1)
-        query = self.q_norm(self.q_linear(x))
-        key, value = self.kv_linear(cond).chunk(2, dim=-1)
-        key = self.k_norm(key)
-        query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        bias = None if mask is None else readable_tokens(mask)[:, None, None, :]  # (B, 1, 1, L)
+        query = self._heads(self.q_norm(self.q_linear(x)))
+        key, value = cond if isinstance(cond, tuple) else self.key_value(cond)
+        readable = None if mask is None else readable_tokens(mask)[:, None, None, :]  # (B, 1, 1, L)
         if self.fp32_attention:
             query, key, value = query.float(), key.float(), value.float()
         with _autocast_off(x) if self.fp32_attention else contextlib.nullcontext():
-            out = self.attend(query, key, value, bias)
+            out = self.attend(query, key, value, readable)
         return self.proj(out.to(x.dtype).transpose(1, 2).flatten(2))
+
+    def key_value(self, cond: Tensor) -> KeyValue:
+        """Text tokens (B, L, D) or (B, 1, L, D) -> keys and values (B, h, L, d), which serve every step of sampling."""
+        key, value = self.kv_linear(cond.flatten(1, -2)).chunk(2, dim=-1)
+        return self._heads(self.k_norm(key)), self._heads(value)
+
+    def _heads(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, L, d)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """(B, h, N, d), (B, h, L, d) twice, boolean (B, 1, 1, L) -> (B, h, N, d)."""
@@ -212,3 +238,16 @@ def set_fp32_attention(model: nn.Module, enabled: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, (SelfAttention, CrossAttention)):
             module.fp32_attention = enabled
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Makes every operator of a model that has a choice use a backend of `sana.ops.backend`.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend

@@ -6,14 +6,16 @@ from torch import Tensor, nn
 from sana.models.transformer.architecture import SanaArchitecture
 from sana.models.transformer.attention import (
     CrossAttention,
+    KeyValue,
     LinearAttention,
     SelfAttention,
     SoftmaxAttention,
     VanillaCrossAttention,
 )
-from sana.models.transformer.embedding import modulate
 from sana.models.transformer.mix_ffn import build_feed_forward
 from sana.models.transformer.position import Rotary
+from sana.ops import gated_residual, modulated_layer_norm
+from sana.ops.backend import plain_kind
 
 
 class DropPath(nn.Module):
@@ -45,6 +47,8 @@ class SanaBlock(nn.Module):
         drop_path: probability, in training, of skipping a modulated branch of a row.
     """
 
+    backend = "auto"
+
     def __init__(self, architecture: SanaArchitecture, drop_path: float = 0.0) -> None:
         super().__init__()
         dim = architecture.hidden_size
@@ -60,7 +64,7 @@ class SanaBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | KeyValue,
         t: Tensor,
         mask: Tensor | None = None,
         HW: tuple[int, int] | None = None,
@@ -71,8 +75,8 @@ class SanaBlock(nn.Module):
 
         Args:
             x: (B, N, D) image tokens.
-            y: (B, L, D) or (B, 1, L, D) projected captions.
-            t: (B, 6 * D) projected time.
+            y: (B, L, D) or (B, 1, L, D) projected captions, or their keys and values in this block.
+            t: (B, 6 * D) projected time, or this block's finished table (1 or B, 6, D) from `modulation`.
             mask: (B, L) of readable text tokens, or None.
             HW: grid of the N tokens; None means square.
             rotary: angles for self-attention, or None.
@@ -82,21 +86,36 @@ class SanaBlock(nn.Module):
             (B, N, D).
         """
         grid = HW or (int(x.shape[1] ** 0.5),) * 2
-        modulation = self.scale_shift_table[None] + t.unflatten(-1, (6, -1))  # (B, 6, D)
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=1)
-        mixed = self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rotary, identity_rows)
-        x = x + self.drop_path(gate_attn * mixed)
+        table = t if t.dim() == 3 else self.modulation(t)
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = table.chunk(6, dim=1)
+        mixed = self.attn(self._modulate(self.norm1, x, shift_attn, scale_attn), rotary, identity_rows)
+        x = self._add(x, gate_attn, mixed)
         x = x + self.cross_attn(x, y, mask)
-        mixed = self.mlp(modulate(self.norm2(x), shift_ffn, scale_ffn), grid)
-        return x + self.drop_path(gate_ffn * mixed)
+        mixed = self.mlp(self._modulate(self.norm2, x, shift_ffn, scale_ffn), grid)
+        return self._add(x, gate_ffn, mixed)
+
+    def modulation(self, t: Tensor) -> Tensor:
+        """Projected time (B, 6 * D) -> shift, scale and gate of the attention, then of the Mix-FFN (B, 6, D)."""
+        return self.scale_shift_table[None] + t.unflatten(-1, (6, -1))
+
+    def _modulate(self, norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return modulated_layer_norm(x, shift, scale, norm.eps, backend=self.backend)
+
+    def _add(self, x: Tensor, gate: Tensor, mixed: Tensor) -> Tensor:
+        if self.training and self.drop_path.rate:
+            return x + self.drop_path(gate * mixed)
+        return gated_residual(x, gate, mixed, backend=self.backend)
 
 
 def build_self_attention(architecture: SanaArchitecture) -> SelfAttention:
     """Returns the self-attention of one block."""
     dim, clip = architecture.hidden_size, architecture.clip_fp16
-    if architecture.attn_type == "linear":
+    kind, backend = plain_kind(architecture.attn_type)
+    if kind == "linear":
         heads = dim // architecture.linear_head_dim
-        return LinearAttention(dim, heads, qk_norm=architecture.qk_norm, clip_fp16=clip)
+        attention = LinearAttention(dim, heads, qk_norm=architecture.qk_norm, clip_fp16=clip)
+        attention.backend = backend
+        return attention
     # The official "vanilla" attention takes no qk_norm, and its checkpoints have no such keys.
     qk_norm = architecture.qk_norm and architecture.attn_type == "flash"
     return SoftmaxAttention(dim, architecture.num_heads, qk_norm=qk_norm, clip_fp16=clip)

@@ -42,6 +42,8 @@ class SanaMSControlNet(SanaMS):
         **kwargs: as for `SanaMS`; `copy_blocks_num` blocks, starting with the second, get a control block before them.
     """
 
+    cacheable = False
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         arch = self.architecture

@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sana.models.layers.linear import Linear
 from sana.models.transformer.mix_ffn import Mlp
+from sana.ops import modulated_layer_norm
 
 
 class PatchEmbed(nn.Module):
@@ -40,7 +42,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, dim: int, frequency_embedding_size: int = 256) -> None:
         super().__init__()
         self.frequency_embedding_size = frequency_embedding_size
-        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(frequency_embedding_size, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, timestep: Tensor) -> Tensor:
         """(B,) -> (B, D), in the dtype of the weights."""
@@ -84,28 +86,19 @@ class CaptionEmbedder(nn.Module):
         # A buffer, not a parameter: it is random, never trained, and part of every official checkpoint.
         self.register_buffer("y_embedding", torch.randn(num_tokens, caption_channels) / caption_channels**0.5)
 
-    def forward(
-        self,
-        caption: Tensor,
-        train: bool = False,
-        force_drop_ids: Tensor | None = None,
-        token_index: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, caption: Tensor, train: bool = False, force_drop_ids: Tensor | None = None) -> Tensor:
         """Projects captions.
 
         Args:
             caption: (B, 1, L, C).
             train: whether to drop captions at random. The random numbers come from PyTorch's CPU generator.
             force_drop_ids: (B,), 1 where the caption is to be replaced; overrides the random choice.
-            token_index: positions to keep; the others are cut before they cost a projection.
 
         Returns:
-            (B, 1, L, D), or (B, 1, len(token_index), D).
+            (B, 1, L, D).
         """
         if (train and self.dropout > 0) or force_drop_ids is not None:
             caption = self.drop(caption, force_drop_ids)
-        if token_index is not None:
-            caption = caption.index_select(-2, token_index)
         return self.y_proj(caption)
 
     def drop(self, caption: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
@@ -131,18 +124,15 @@ class FinalLayer(nn.Module):
         out_channels: channels C' of the network's output.
     """
 
+    backend = "auto"
+
     def __init__(self, dim: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
+        self.linear = Linear(dim, patch_size * patch_size * out_channels)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Tokens (B, N, D) and time embedding (B, D) -> (B, N, p * p * C')."""
         shift, scale = (self.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)  # (B, 1, D)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift; (B, N, D) with (B, 1, D) twice."""
-    return torch.addcmul(shift, x, 1 + scale)
+        return self.linear(modulated_layer_norm(x, shift, scale, self.norm_final.eps, backend=self.backend))

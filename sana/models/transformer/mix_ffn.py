@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.models.layers.activations import build_activation
+from sana.models.layers.linear import Linear
 from sana.models.transformer.architecture import SanaArchitecture
-from sana.ops import mix_ffn
+from sana.ops import mix_ffn, pre_glu_conv
+from sana.ops.backend import plain_kind
 from sana.ops.mix_ffn.reference import depthwise_conv, to_image, to_tokens
 
 Grid = tuple[int, int]
@@ -44,6 +46,8 @@ class MixFFN(nn.Module):
         dilation: of the depthwise convolution.
     """
 
+    backend = "auto"
+
     def __init__(
         self,
         dim: int,
@@ -77,6 +81,7 @@ class MixFFN(nn.Module):
             act=self.act,
             gate_act=self.glu_act,
             dilation=self.dilation,
+            backend=self.backend,
         )
         return self.out_act(out)
 
@@ -92,6 +97,8 @@ class PreGluMBConv(nn.Module):
         use_bias: biases of expansion, depthwise convolution and projection.
         acts: activations on the gate, after the depthwise convolution, after the projection.
     """
+
+    backend = "auto"
 
     def __init__(
         self,
@@ -113,9 +120,17 @@ class PreGluMBConv(nn.Module):
 
     def forward(self, x: Tensor, HW: Grid) -> Tensor:
         """(B, N, D) -> (B, N, D); HW is the grid of the N tokens."""
-        value, gate = self.inverted_conv(to_image(x, HW)).chunk(2, dim=1)
-        hidden = self.depth_act(self.depth_conv(value * self.glu_act(gate)))
-        return to_tokens(self.out_act(self.point_conv(hidden)))
+        out = pre_glu_conv(
+            x,
+            HW,
+            self.inverted_conv.weight_bias,
+            self.depth_conv.weight_bias,
+            self.point_conv.weight_bias,
+            gate_act=self.glu_act,
+            act=self.depth_act,
+            backend=self.backend,
+        )
+        return self.out_act(out)
 
 
 class Mlp(nn.Module):
@@ -129,8 +144,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, out_dim: int | None = None) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, out_dim or dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, out_dim or dim)
 
     def forward(self, x: Tensor, HW: Grid | None = None) -> Tensor:
         """(..., D) -> (..., D'); the grid is not needed."""
@@ -155,12 +170,15 @@ class DepthwiseMlp(Mlp):
 
 def build_feed_forward(architecture: SanaArchitecture) -> nn.Module:
     """Returns the feed-forward network of one block: a module called with (tokens, grid)."""
-    dim, kind = architecture.hidden_size, architecture.ffn_type
+    dim = architecture.hidden_size
+    kind, backend = plain_kind(architecture.ffn_type)
     hidden = int(dim * architecture.mlp_ratio)
     if kind == "glumbconv":
         return MixFFN(dim, hidden, acts=architecture.mlp_acts)
     if kind == "glumbconv_dilate":
         return MixFFN(dim, hidden, acts=architecture.mlp_acts, dilation=2)
     if kind == "mbconvpreglu":
-        return PreGluMBConv(dim, hidden, acts=architecture.mlp_acts)
+        network = PreGluMBConv(dim, hidden, acts=architecture.mlp_acts)
+        network.backend = backend
+        return network
     return DepthwiseMlp(dim, hidden) if kind == "dwmlp" else Mlp(dim, hidden)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sana.models.layers.linear import Linear
 from sana.models.layers.norms import RMSNorm
 from sana.models.transformer.architecture import SanaArchitecture
 from sana.models.transformer.attention import readable_tokens
 from sana.models.transformer.block import SanaBlock
+from sana.models.transformer.caches import TextCache, TextPart, TimeCache
 from sana.models.transformer.embedding import CaptionEmbedder, FinalLayer, PatchEmbed, TimestepEmbedder
 from sana.models.transformer.position import Rotary, rotary_axes, rotary_table, sincos_table
 from sana.models.transformer.rows import call_by_row, repeat_rows
@@ -30,6 +32,7 @@ class Sana(nn.Module):
 
     pos_embed: Tensor
     fixed_size = True
+    cacheable = True  # whether `denoise` serves in the place of `forward`
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
@@ -38,7 +41,7 @@ class Sana(nn.Module):
         dim = arch.hidden_size
         self.x_embedder = PatchEmbed(arch.patch_size, arch.in_channels, dim, arch.patch_embed_kernel)
         self.t_embedder = TimestepEmbedder(dim)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.t_block = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.y_embedder = CaptionEmbedder(
             arch.caption_channels, dim, arch.class_dropout_prob, num_tokens=arch.model_max_length
         )
@@ -68,8 +71,8 @@ class Sana(nn.Module):
     def forward(
         self,
         x: Tensor,
-        timestep: Tensor,
-        y: Tensor,
+        timestep: Tensor | TimeCache,
+        y: Tensor | TextCache,
         mask: Tensor | None = None,
         data_info: dict[str, Any] | None = None,
         *,
@@ -83,8 +86,9 @@ class Sana(nn.Module):
 
         Args:
             x: (B, C, H, W) latents.
-            timestep: (B,) in [0, 1000]. `SanaMSCM`: TrigFlow angles in [0, pi / 2].
-            y: (B, L, C_text) or (B, 1, L, C_text) text embeddings.
+            timestep: (B,) in [0, 1000]. `SanaMSCM`: TrigFlow angles in [0, pi / 2]. Or one of `cache_time`'s entries.
+            y: (B, L, C_text) or (B, 1, L, C_text) text embeddings, or what `cache_text` made of them; then `timestep`
+                is prepared too, and only the arguments of `denoise` count.
             mask: (b, L) or (b, 1, 1, L), non-zero for readable text tokens; B must be a multiple of b, whose rows are
                 then repeated in order. None: all tokens are read.
             data_info: `cfg_scale` (B,) for `cfg_embed`; `control_signal` (B, C, H, W) for the ControlNet.
@@ -101,6 +105,10 @@ class Sana(nn.Module):
         Raises:
             ValueError: the arguments do not fit the model or one another.
         """
+        if isinstance(y, TextCache):
+            assert isinstance(timestep, TimeCache), "prepared texts go with a prepared time"
+            return self.denoise(x, timestep, y, pag_layers=pag_layers, pag_rows=pag_rows)
+        assert isinstance(timestep, Tensor), "a prepared time goes with prepared texts"
         rows = x.shape[0]
         data_info = data_info or {}
         self._check_inputs(x, data_info, return_logvar, bool(batch_invariant))
@@ -111,9 +119,7 @@ class Sana(nn.Module):
         inputs |= {name: torch.as_tensor(data_info[name], device=x.device) for name in self._info_keys}
         options = {"return_logvar": return_logvar, "jvp": jvp, "pag_layers": frozenset(pag_layers)}
         inputs = {name: repeat_rows(value, rows) for name, value in inputs.items()}
-        if batch_invariant is None:
-            batch_invariant = x.device.type == "cpu" and not self.training
-        if batch_invariant:
+        if self._by_row(x) if batch_invariant is None else batch_invariant:
             return call_by_row(self._predict, inputs, rows, pag_rows, options)
         return self._predict(**inputs, **options, pag_rows=pag_rows)
 
@@ -121,6 +127,86 @@ class Sana(nn.Module):
         """`forward` without the variance channels."""
         out = self(x, timestep, y, **kwargs)
         return out.chunk(2, dim=1)[0] if self.architecture.pred_sigma else out
+
+    @torch.no_grad()
+    def cache_text(self, y: Tensor, mask: Tensor | None = None, *, batch_invariant: bool | None = None) -> TextCache:
+        """Projects texts, once for all steps of sampling, to the keys and values of every block.
+
+        Args:
+            y: (B, L, C_text) or (B, 1, L, C_text) text embeddings.
+            mask: (B, L), non-zero for tokens that may be read; None: all.
+            batch_invariant: as in `forward`. Each row then keeps its readable tokens only; else all L are kept with the
+                mask, so that nothing waits for a GPU: cut them before.
+
+        Raises:
+            ValueError: the network needs more inputs than `denoise` takes.
+        """
+        if not self.cacheable:
+            raise ValueError(f"{type(self).__name__} is sampled with forward(); denoise() does not know its inputs.")
+        y = y if y.dim() == 4 else y.unsqueeze(1)
+        mask = None if mask is None else readable_tokens(mask.flatten(1))
+        by_row = self._by_row(y) if batch_invariant is None else batch_invariant
+        if not by_row:
+            return TextCache((self._cache_rows(y, mask),))
+        masks = [None] * len(y) if mask is None else mask.split(1)
+        return TextCache(
+            tuple(self._cache_rows(*self._trim(row.clone(), own)) for row, own in zip(y.split(1), masks, strict=True))
+        )
+
+    @torch.no_grad()
+    def cache_time(self, timestep: Tensor, cfg_scale: Tensor | None = None) -> list[TimeCache]:
+        """Computes the modulation of every block at times (S,), given as to `forward`: one entry a time."""
+        tables = torch.stack([block.scale_shift_table for block in self.blocks])  # (depth, 6, D)
+        times = self.embed_time(timestep, cfg_scale)  # (S, D)
+        projected = self.t_block(times).unflatten(-1, (6, -1))  # (S, 6, D)
+        return [TimeCache(tables + shared, time[None]) for shared, time in zip(projected, times, strict=True)]
+
+    def denoise(
+        self, x: Tensor, time: TimeCache, text: TextCache, *, pag_layers: tuple[int, ...] = (), pag_rows: int = 0
+    ) -> Tensor:
+        """`forward` with what does not change between steps, or between rows, made before; waits for no device.
+
+        Args:
+            x: (B, C, H, W) latents.
+            time: of all rows.
+            text: of the B rows.
+            pag_layers: see `forward`.
+            pag_rows: see `forward`.
+
+        Returns:
+            (B, C', H, W).
+
+        Raises:
+            ValueError: the arguments do not fit the model or one another.
+        """
+        if text.rows != x.shape[0]:
+            raise ValueError(f"latents of {x.shape[0]} rows and texts of {text.rows} do not fit.")
+        self._check_shape(x)
+        self._check_perturbation(x, tuple(pag_layers), pag_rows)
+        results, start, kept = [], 0, x.shape[0] - pag_rows
+        for part in text.parts:
+            rows = x if part.rows == len(x) else x[start : start + part.rows].clone()
+            start += part.rows
+            results.append(
+                self._denoise(rows, time, part, frozenset(pag_layers), max(0, start - max(kept, start - part.rows)))
+            )
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _denoise(self, x: Tensor, time: TimeCache, text: TextPart, pag_layers: frozenset[int], pag_rows: int) -> Tensor:
+        grid = self._grid(x)
+        rotary = self.rotary(grid, x.device)
+        tokens = self.embed_latents(x, grid)
+        for index, (block, table, key_value) in enumerate(zip(self.blocks, time.blocks, text.key_values, strict=True)):
+            identity_rows = pag_rows if index in pag_layers else 0
+            tokens = block(tokens, key_value, table[None], text.mask, grid, rotary, identity_rows)
+        return unpatchify(self.final_layer(tokens, time.time), grid, self.architecture.patch_size)
+
+    def _cache_rows(self, y: Tensor, mask: Tensor | None) -> TextPart:
+        text = self._project_text(y)
+        return TextPart(len(y), tuple(block.cross_attn.key_value(text) for block in self.blocks), mask)
+
+    def _by_row(self, x: Tensor) -> bool:
+        return x.device.type == "cpu" and not self.training
 
     def _predict(
         self,
@@ -172,21 +258,34 @@ class Sana(nn.Module):
         return time
 
     def embed_text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Projects captions (B, 1, L, C) and leaves out tokens that no row of the batch reads.
+        """Projects captions (B, 1, L, C). On a CPU, tokens that no row of the batch reads are left out.
 
         Returns:
             (B, L', D), and the mask (B, L') or None where every token is read.
         """
-        kept = None
-        if mask is not None and not mask.is_meta:
-            kept = mask.any(dim=0).nonzero().squeeze(1)
-            mask = mask.index_select(1, kept)
-            kept = None if kept.numel() == y.shape[2] else kept
-            mask = None if bool(mask.all()) else mask
-        text = self.y_embedder(y.to(self.dtype), self.training, token_index=kept)
+        y = y.to(self.dtype)
+        if self.training and self.y_embedder.dropout > 0:
+            y = self.y_embedder.drop(y)
+        if y.device.type == "cpu":  # elsewhere counting would wait for the device; cut captions before
+            y, mask = self._trim(y, mask)
+        return self._project_text(y), mask
+
+    @staticmethod
+    def _trim(y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Leaves out tokens (B, 1, L, C) that no row reads, and the mask (B, L) if all rows read all that is left."""
+        if mask is None:
+            return y, None
+        kept = mask.any(dim=0)
+        if not bool(kept.all()):
+            y, mask = y[:, :, kept], mask[:, kept]
+        return y, None if bool(mask.all()) else mask
+
+    def _project_text(self, y: Tensor) -> Tensor:
+        """Captions (B, 1, L, C) -> (B, L, D)."""
+        text = self.y_embedder(y.to(self.dtype))
         if self.architecture.y_norm:
             text = self.attention_y_norm(text)
-        return text.squeeze(1), mask
+        return text.squeeze(1)
 
     def position_embedding(self, grid: Grid) -> Tensor | None:
         """Returns the added embedding (1, N, D) of a grid of tokens on the CPU, or None if the model adds none."""
@@ -243,6 +342,18 @@ class Sana(nn.Module):
         return run
 
     def _check_inputs(self, x: Tensor, data_info: dict[str, Any], return_logvar: bool, batch_invariant: bool) -> None:
+        self._check_shape(x)
+        for name in self._info_keys:
+            if name not in data_info:
+                raise ValueError(f"this {type(self).__name__} needs data_info[{name!r}].")
+        if return_logvar and not self.architecture.logvar:
+            raise ValueError("return_logvar=True needs a model built with logvar=True.")
+        if batch_invariant and self.training:
+            raise ValueError(
+                "batch_invariant=True has no meaning in training mode, where captions are dropped at random."
+            )
+
+    def _check_shape(self, x: Tensor) -> None:
         arch = self.architecture
         if x.dim() != 4 or x.shape[1] != arch.in_channels:
             raise ValueError(f"latents must have shape (B, {arch.in_channels}, H, W), not {tuple(x.shape)}.")
@@ -254,15 +365,6 @@ class Sana(nn.Module):
             raise ValueError(
                 f"Sana takes latents of {arch.input_size} x {arch.input_size} only, not {x.shape[-2]} x {x.shape[-1]}; "
                 "SanaMS takes any size."
-            )
-        for name in self._info_keys:
-            if name not in data_info:
-                raise ValueError(f"this {type(self).__name__} needs data_info[{name!r}].")
-        if return_logvar and not arch.logvar:
-            raise ValueError("return_logvar=True needs a model built with logvar=True.")
-        if batch_invariant and self.training:
-            raise ValueError(
-                "batch_invariant=True has no meaning in training mode, where captions are dropped at random."
             )
 
     def _check_perturbation(self, x: Tensor, pag_layers: tuple[int, ...], pag_rows: int) -> None:

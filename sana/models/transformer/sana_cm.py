@@ -19,6 +19,8 @@ class SanaMSCM(SanaMS):
     F = ((1 - 2 sigma) x_flow + (1 - 2 sigma + 2 sigma^2) v) / r, where r = sqrt(sigma^2 + (1 - sigma)^2).
     """
 
+    cacheable = False
+
     def _predict(self, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Output:
         sine, cosine = torch.sin(timestep), torch.cos(timestep)
         times = sine / (cosine + sine)
