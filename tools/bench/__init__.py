@@ -1,0 +1,1 @@
+"""Benchmarks that anyone can rerun: `python -m tools.bench`. Every part is one file; sana imports nothing of it."""

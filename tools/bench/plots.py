@@ -1,0 +1,173 @@
+"""The picture of a run: ratios, tokens against time, operators beside the roofline, throughput. Needs matplotlib."""
+
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.bench.report import OTHER_DEVICE
+from tools.bench.results import CaseResult, Report
+from tools.bench.roofline import ideal_seconds
+from tools.bench.targets import REACHED, ROOFLINE, UNMEASURED, answers
+
+OURS, THEIRS, THIRD, INK, GRID = "#1f5fa8", "#d1601f", "#2b8a4b", "#333333", "#dddddd"
+COLOURS = (OURS, THEIRS, THIRD, "#8b4fa3", "#b3922a", "#4a9db0")
+
+
+class PlotError(RuntimeError):
+    """The picture cannot be drawn; one sentence for the user."""
+
+
+def draw(report: Report, path: Path) -> None:
+    """Writes a PNG, whole or not at all.
+
+    Raises:
+        PlotError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window system, no global state
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError('matplotlib is not installed: pip install "sana-python[plot]".') from error
+    figure = Figure(figsize=(15, 10.5), dpi=100, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2).flat
+    for axes, panel in zip(panels, (_targets, _scaling, _operators, _last), strict=True):
+        panel(axes, report)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.set_axisbelow(True)
+    about = report.environment
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "diffusers"))
+    figure.suptitle(
+        f"{about['name']}, {about['cores']} cores, {versions}, commit {about['commit']}, {about['date']}",
+        x=0.01, ha="left", color=INK, fontsize=11,
+    )  # fmt: skip
+    temporary = path.with_name(f".{path.name}.part.png")
+    try:
+        figure.savefig(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _targets(axes: Any, report: Report) -> None:
+    """Bars of the ratios that have a target, with the target as a line across each."""
+    axes.set_title("Targets: how many times faster than diffusers (line: target)", loc="left", color=INK)
+    shown = [
+        answer for answer in answers(report)
+        if answer.status != UNMEASURED and answer.target.side not in ("", ROOFLINE)
+    ]  # fmt: skip
+    if not shown:
+        _empty(axes)
+        return
+    places = range(len(shown))
+    colours = [OURS if answer.status == REACHED else "#9db8d6" for answer in shown]
+    axes.barh(places, [answer.value for answer in shown], color=colours, height=0.6)
+    for place, answer in zip(places, shown, strict=True):
+        goal, size = answer.target.ratio, f"{answer.value:.2f}x, {answer.status}"
+        axes.plot([goal, goal], [place - 0.42, place + 0.42], color=THEIRS, linewidth=2.5)
+        axes.text(max(answer.value, goal), place, f"  {size}", va="center", color=INK, fontsize=9)
+    axes.set_yticks(places, [_wrapped(f"{answer.target.work} | {answer.target.against}") for answer in shown])
+    axes.invert_yaxis()
+    axes.axvline(1.0, color=INK, linewidth=0.8)
+    axes.set_xlim(0, 1.45 * max(max(answer.value, answer.target.ratio) for answer in shown))
+    axes.grid(axis="x", color=GRID, linewidth=0.7)
+
+
+def _scaling(axes: Any, report: Report) -> None:
+    """Time of both kinds of attention by the number of tokens."""
+    axes.set_title("Attention alone: tokens against time", loc="left", color=INK)
+    cases = sorted(report.find("scaling"), key=lambda case: case.facts["tokens"])
+    if not cases:
+        _empty(axes)
+        return
+    for name, colour in zip(cases[0].timings, COLOURS, strict=False):
+        tokens = [case.facts["tokens"] for case in cases]
+        times = [1e3 * statistics.median(case.timings[name].wall) for case in cases]
+        axes.plot(tokens, times, marker="o", color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    labels = [f"{case.facts['tokens']}\n{32 * math.isqrt(case.facts['tokens'])} px" for case in cases]
+    axes.set_xticks([case.facts["tokens"] for case in cases], labels)
+    axes.set_xlabel("tokens, and the image they make", color=INK)
+    axes.set_ylabel("ms", color=INK)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.legend(frameon=False, labelcolor=INK)
+
+
+def _operators(axes: Any, report: Report) -> None:
+    """How much of the device's limit every form of every operator reaches."""
+    axes.set_title("Operators: share of the roofline (data of the first shape)", loc="left", color=INK)
+    seen: dict[str, CaseResult] = {}
+    for case in report.cases:
+        if case.part == "operators" and case.status == "measured":
+            kind = case.name.rsplit(",", case.name.count(",") - 1)[0]  # operator, direction and dtype
+            seen.setdefault(kind, case)
+    if not seen or "bandwidth" not in report.roofline:
+        _empty(axes)
+        return
+    names = list(dict.fromkeys(name for case in seen.values() for name in case.timings))
+    height = 0.8 / len(names)
+    for number, name in enumerate(names):
+        places, shares = [], []
+        for place, case in enumerate(seen.values()):
+            if name in case.timings:
+                ideal = ideal_seconds(report.roofline, case.bytes, case.flops, case.facts["dtype"])
+                places.append(place + (number - (len(names) - 1) / 2) * height)
+                shares.append(100 * ideal / statistics.median(case.timings[name].wall))
+        axes.barh(places, shares, height=0.9 * height, color=COLOURS[number % len(COLOURS)], label=name)
+    axes.set_yticks(range(len(seen)), list(seen))
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the time that the bytes and operations need at least", color=INK)
+    axes.grid(axis="x", color=GRID, linewidth=0.7)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+
+def _last(axes: Any, report: Report) -> None:
+    """Throughput by batch where it was measured; else the transformer's forward."""
+    by_batch = sorted(report.find("throughput.0.6B"), key=lambda case: case.facts["batch"])
+    if by_batch:
+        axes.set_title("0.6B, 1024 px, 20 steps with CFG: throughput by batch", loc="left", color=INK)
+        rates = [[case.images / statistics.median(one.wall) for one in case.timings.values()] for case in by_batch]
+        _grouped(axes, [str(case.facts["batch"]) for case in by_batch], rates, list(by_batch[0].timings), "images/s")
+        axes.set_xlabel("batch", color=INK)
+        return
+    axes.set_title("Transformer forward", loc="left", color=INK)
+    cases = [case for case in report.cases if case.part == "dit" and case.status == "measured"]
+    if not cases:
+        _empty(axes)
+        return
+    times = [[statistics.median(one.wall) for one in case.timings.values()] for case in cases]
+    labels = [_wrapped(case.name.removeprefix("DiT forward "), 20) for case in cases]
+    _grouped(axes, labels, times, list(cases[0].timings), "s")
+
+
+def _grouped(
+    axes: Any, labels: Sequence[str], values: Sequence[Sequence[float]], names: Sequence[str], unit: str
+) -> None:
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(labels))]
+        bars = axes.bar(places, [row[number] for row in values], width=0.9 * width, color=COLOURS[number], label=name)
+        axes.bar_label(bars, fmt="%.3g", color=INK, fontsize=8)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(unit, color=INK)
+    axes.margins(y=0.12)
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
+    axes.legend(frameon=False, labelcolor=INK)
+
+
+def _empty(axes: Any) -> None:
+    axes.text(0.5, 0.5, OTHER_DEVICE, transform=axes.transAxes, ha="center", va="center", color=INK)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _wrapped(text: str, width: int = 46) -> str:
+    lines = [""]
+    for word in text.split(" "):
+        lines = [*lines, word] if len(lines[-1]) + len(word) >= width else [*lines[:-1], f"{lines[-1]} {word}".strip()]
+    return "\n".join(lines)
