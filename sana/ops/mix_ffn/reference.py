@@ -75,34 +75,6 @@ def pre_glu_conv(
     return to_tokens(F.conv2d(act(depthwise_conv(value * gate_act(gate), *depth)), *point))
 
 
-def pre_glu_conv(
-    x: Tensor,
-    grid: tuple[int, int],
-    inverted: WeightBias,
-    depth: WeightBias,
-    point: WeightBias,
-    *,
-    gate_act: Activation = F.silu,
-    act: Activation = F.silu,
-) -> Tensor:
-    """1x1 convolution, gated linear unit, depthwise convolution, 1x1 convolution (official `MBConvPreGLU`).
-
-    Args:
-        x: (B, N, D) tokens in row-major order of the grid.
-        grid: (H, W) with H * W = N.
-        inverted: weight (2M, D, 1, 1) and bias (2M,) of the expansion to value and gate.
-        depth: weight (M, 1, k, k) and bias (M,) of the depthwise convolution, k odd.
-        point: weight (D', M, 1, 1) and bias of the projection.
-        gate_act: on the gate half.
-        act: after the depthwise convolution.
-
-    Returns:
-        (B, N, D').
-    """
-    value, gate = F.conv2d(to_image(x, grid), *inverted).chunk(2, dim=1)
-    return to_tokens(F.conv2d(act(depthwise_conv(value * gate_act(gate), *depth)), *point))
-
-
 def depthwise_conv(image: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
     """Convolves every channel with its own odd kernel, keeping height and width. (B, C, H, W) -> (B, C, H, W)."""
     padding = weight.shape[-1] // 2 * dilation

@@ -73,14 +73,22 @@ def build_pipeline(case: Case, pipeline_class: type[SanaPipeline] = SanaPipeline
 
 
 def watch_times(pipeline: SanaPipeline) -> list[float]:
-    """Returns a list that fills with what the time embedder sees, one entry a call of the transformer."""
+    """Returns a list that fills with what the time embedder sees: all times at once where they are prepared, else one
+    entry a call of the transformer."""
     seen: list[float | None] = []
 
+    def before_call(module: Any, args: tuple[Any, ...]) -> None:
+        if isinstance(args[1], Tensor):
+            seen.append(None)
+
     def before_embedder(module: Any, args: tuple[Tensor, ...]) -> None:
-        seen[-1] = float(args[0].flatten()[0])
+        if seen and seen[-1] is None:
+            seen[-1] = float(args[0].flatten()[0])
+        else:
+            seen.extend(args[0].tolist())
 
     assert pipeline.transformer is not None
-    pipeline.transformer.register_forward_pre_hook(lambda *_: seen.append(None))
+    pipeline.transformer.register_forward_pre_hook(before_call)
     pipeline.transformer.t_embedder.register_forward_pre_hook(before_embedder)
     return seen  # type: ignore[return-value]
 
