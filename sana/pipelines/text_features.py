@@ -1,4 +1,4 @@
-"""Text features that a pipeline keeps between calls, the least recently used go first; `stack` makes a batch of them."""
+"""Text features that a pipeline keeps between calls, the least recently used go first, and batches made of them."""
 
 import weakref
 from collections import OrderedDict

@@ -192,13 +192,16 @@ class TextEncoder(nn.Module):
         )
         self._warn_of_truncation(prompts, tokens.attention_mask, instruction)
         prefix = self._instruction_prefix(tokens.input_ids.shape[1]) if instruction else None
-        rows = 1 if self.device.type == "cpu" else len(prompts)
+        rows = self._rows_at_once(len(prompts))
         parts = [
             self._encode_rows(PromptTokens(ids, mask, tokens.select_index), prefix, trim)
             for ids, mask in zip(tokens.input_ids.split(rows), tokens.attention_mask.split(rows), strict=True)
         ]
         longest = max(part.mask.shape[1] for part in parts)
         return PromptEmbeds.cat([part.resized(longest) for part in parts])
+
+    def _rows_at_once(self, count: int) -> int:
+        return 1 if self.device.type == "cpu" else count
 
     def _encode_rows(self, tokens: PromptTokens, prefix: Prefix | None, trim: bool) -> PromptEmbeds:
         """Encodes rows of tokens together; with `trim` the result is as long as the longest of them."""

@@ -80,6 +80,31 @@ def test_embeddings_move_and_only_embeddings_change_dtype() -> None:
     assert (moved.embeds.dtype, moved.mask.dtype) == (torch.bfloat16, torch.int64)
 
 
+def test_embeddings_are_cut_padded_and_trimmed() -> None:
+    given = PromptEmbeds(torch.ones(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]))
+    assert given.longest() == 2
+    longer = given.resized(6)
+    assert longer.mask.tolist() == [[1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert torch.equal(longer.embeds[:, :4], given.embeds) and not longer.embeds[:, 4:].any()
+    assert torch.equal(longer.resized(4).embeds, given.embeds) and torch.equal(longer.resized(4).mask, given.mask)
+    trimmed = given.trimmed()
+    assert trimmed.mask.tolist() == [[1, 1], [1, 0]]
+    assert trimmed.embeds[..., 0].tolist() == [[1, 1], [1, 0]]
+    unmasked = PromptEmbeds(given.embeds, given.mask * torch.tensor([[1], [0]]))  # the second row is read whole
+    assert unmasked.longest() == 4
+    assert unmasked.trimmed().embeds[..., 0].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_without_an_instruction_prompts_are_trimmed_too(encoder: TextEncoder) -> None:
+    bare = TextEncoder(encoder.model, encoder.tokenizer, model_max_length=24)
+    full, trimmed = bare.encode(PROMPTS), bare.encode(PROMPTS, trim=True)
+    length = int(full.mask.sum(dim=1).max())
+    assert trimmed.embeds.shape[1] == length < 24 and torch.equal(trimmed.mask, full.mask[:, :length])
+    real = trimmed.mask.bool()
+    torch.testing.assert_close(trimmed.embeds[real], full.embeds[:, :length][real], rtol=1e-5, atol=1e-5)
+    assert not trimmed.embeds[~real].any()
+
+
 def test_a_saved_encoder_encodes_the_same(encoder: TextEncoder, tmp_path) -> None:
     encoder.save(tmp_path)
     again = load_text_encoder(tmp_path, model_max_length=24, chi_prompt=CHI_PROMPT)

@@ -45,6 +45,19 @@ def test_the_file_answers_as_the_encoder_does(encoder, file: Path) -> None:
         assert torch.equal(ours.embeds, theirs.embeds) and torch.equal(ours.mask, theirs.mask)
 
 
+def test_trimmed_answers_are_those_of_the_encoder(encoder, file: Path) -> None:
+    stored = load_prompt_embeds(file)
+    for prompts in (["a cat", ""], PROMPTS):
+        ours, theirs = (one.encode(prompts, trim=True) for one in (stored, encoder))
+        assert torch.equal(ours.embeds, theirs.embeds) and torch.equal(ours.mask, theirs.mask)
+
+
+def test_the_fingerprint_follows_what_decides_the_embeddings(file: Path) -> None:
+    stored = load_prompt_embeds(file)
+    before = stored.fingerprint()
+    assert before == stored.fingerprint() != stored.to(dtype=torch.bfloat16).fingerprint()
+
+
 def test_a_prompt_that_is_not_there_is_named(file: Path) -> None:
     stored = load_prompt_embeds(file)
     with pytest.raises(TextEncoderError, match="The prompt 'a dog' is not among the 4 of .*猫.safetensors"):
