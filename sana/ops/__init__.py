@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sana.ops.backend import choose
 from sana.ops.linear.cpu import linear_cpu
@@ -73,9 +74,13 @@ def mix_ffn(
     act: Activation = F.silu,
     gate_act: Activation = F.silu,
     dilation: int = 1,
+    recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """The Mix-FFN of Sana; for the arguments see `sana.ops.mix_ffn.reference`.
+    """The Mix-FFN of Sana; for the other arguments see `sana.ops.mix_ffn.reference`.
+
+    Args:
+        recompute: whether `x` alone is kept for the gradient, and what is wider computed again: the same bits.
 
     Raises:
         ValueError: Triton is asked for with other activations than SiLU, or a dilated convolution.
@@ -88,8 +93,14 @@ def mix_ffn(
             raise ValueError("the Triton Mix-FFN has SiLU twice and a 3x3 convolution without dilation; use 'auto'.")
         from sana.ops.mix_ffn.function import mix_ffn_triton
 
-        return mix_ffn_triton(x, grid, inverted, depth, point)
-    return mix_ffn_reference(x, grid, inverted, depth, point, act=act, gate_act=gate_act, dilation=dilation)
+        return mix_ffn_triton(x, grid, inverted, depth, point, recompute=recompute)
+
+    def plain(tokens: Tensor) -> Tensor:
+        return mix_ffn_reference(tokens, grid, inverted, depth, point, act=act, gate_act=gate_act, dilation=dilation)
+
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(plain, x, use_reentrant=False, preserve_rng_state=False)
+    return plain(x)
 
 
 def pre_glu_conv(

@@ -47,6 +47,7 @@ class MixFFN(nn.Module):
     """
 
     backend = "auto"
+    recompute_expansion = False  # in training: what is 2 M wide is computed again for the gradient instead of kept
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class MixFFN(nn.Module):
             act=self.act,
             gate_act=self.glu_act,
             dilation=self.dilation,
+            recompute=self.recompute_expansion and self.training,
             backend=self.backend,
         )
         return self.out_act(out)
