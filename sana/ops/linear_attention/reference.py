@@ -1,7 +1,10 @@
 """ReLU linear attention in plain PyTorch: the judge of every faster version. Projections and rotation are not here."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sana.ops.rms_norm.reference import rms_norm
 
 
 def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-8) -> Tensor:
@@ -27,3 +30,35 @@ def relu_linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float 
     if numerator.element_size() < 4:
         numerator, denominator = numerator.float(), denominator.float()
     return numerator / (denominator + eps)
+
+
+def linear_attention_reference(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    eps: float = 1e-8,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """`relu_linear_attention` of packed queries, keys and values in float32: the judge of the Triton kernels.
+
+    Args:
+        qkv: (B, N, 3 * h * d), the queries of all heads, then the keys, then the values.
+        num_heads: number h of heads.
+        eps: added to the denominator.
+        q_weight: (h * d,), weight of an RMSNorm of the queries over ALL heads before the ReLU; None for no norm.
+        k_weight: the same of the keys.
+        norm_eps: eps of those norms.
+
+    Returns:
+        (B, N, h * d), dtype of `qkv`; computed in float32 (float64 for float64).
+    """
+    query, key, value = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).chunk(3, dim=-1)
+    if q_weight is not None:
+        query = rms_norm(query, q_weight, norm_eps)
+    if k_weight is not None:
+        key = rms_norm(key, k_weight, norm_eps)
+    heads = (tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tensor in (query, key, value))  # (B, h, N, d)
+    out = relu_linear_attention(*heads, eps)
+    return out.transpose(1, 2).flatten(2).to(qkv.dtype)
