@@ -23,10 +23,12 @@ from sana.pipelines import inputs, loading
 from sana.pipelines.approximations import cache_steps
 from sana.pipelines.compiled import SPRINT, Compilable, watching
 from sana.pipelines.denoise import TIMESTEPS, SprintDenoiser, TransformerDenoiser, check_finite
+from sana.pipelines.graphs import to_host
 from sana.pipelines.images import to_pil
 from sana.pipelines.recipe import weights_hash
 from sana.pipelines.request import Request
 from sana.pipelines.text_features import TextFeatures, call_length, stack
+from sana.utils.allocator import keep_freed_memory
 from sana.utils.dtype import parse_dtype
 from sana.utils.logging import get_logger
 
@@ -217,6 +219,8 @@ class SanaPipeline(Compilable):
     @torch.inference_mode()
     def generate(self, request: Request) -> Any:
         """Makes the pictures of a request; see `__call__`."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         transformer = self._require_transformer()
         name = request.sampler or self.config.scheduler.vis_sampler
         sampler = SAMPLERS[name]
@@ -262,6 +266,7 @@ class SanaPipeline(Compilable):
         length = call_length(longest, encoder.model_max_length, self.device) if trim else encoder.model_max_length
         return stack(features, length)
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, size: inputs.ImageSize | None = None) -> Tensor:
         """Returns images (B, 3, H, W) float32 of scaled latents, resized and cropped when the size was binned."""
         autoencoder = self.autoencoder if self._compiled is None else self._compiled.autoencoder()
@@ -388,4 +393,4 @@ def _as_output(images: Tensor, output_type: str) -> Any:
         return images
     if output_type == "pil":
         return to_pil(images)
-    return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return to_host((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))[0].numpy()

@@ -203,7 +203,8 @@ class Sana(nn.Module):
 
     def _cache_rows(self, y: Tensor, mask: Tensor | None) -> TextPart:
         text = self._project_text(y)
-        return TextPart(len(y), tuple(block.cross_attn.key_value(text) for block in self.blocks), mask)
+        key_values = (block.cross_attn.key_value(text) for block in self.blocks)
+        return TextPart(len(y), tuple((key.contiguous(), value.contiguous()) for key, value in key_values), mask)
 
     def _by_row(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and not self.training
