@@ -11,6 +11,7 @@ from sana.config_checks import ConfigError, describe, matches, nearest_key
 REMAINDERS = ("pad", "drop", "carry")
 ORDERS = ("shuffled", "sequential", "official")
 RESIZES = ("exact", "fast")
+KERNELS = ("auto", "triton")
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class DataExtra:
         broken_budget: how many different broken samples a process skips before it stops.
         feature_dir: folder of cached latents and text features (tools/cache_features.py).
         max_pixels: an image with more pixels is a broken sample (decompression bombs).
-        resize: "exact" scales pictures by PIL, as officially; "fast" by torch: several times as fast, at most two of 255
-            levels apart.
+        resize: "exact" scales pictures by PIL, as officially; "fast" by torch: several times as fast, at most two of
+            255 levels apart.
         stream: tar shards are read from front to back as they arrive, instead of being fetched and indexed first.
         stream_samples: of an epoch of a stream; 0: the wids-meta.json says.
     """
@@ -54,6 +55,10 @@ class TrainExtra:
         save_pth: checkpoints hold the official `.pth` file too.
         nonfinite_budget: this many steps with a loss or gradient that is not finite are skipped, then the run stops.
         compile: the transformer runs through torch.compile.
+        kernels: "triton" runs the operators that have kernels of their own through them (forward and backward, needs a
+            CUDA device); "auto" leaves the choice to PyTorch.
+        checkpoint_ffn: the wide values inside every Mix-FFN are computed again for the gradient instead of kept. It
+            takes the place of `train.grad_checkpointing`, which does so for whole blocks.
         random_encoders: the autoencoder and the text encoder get random weights of the official shapes (a test only).
         train_text_encoder: the text encoder learns together with the transformer.
         null_caption_probability: part of the captions replaced by the encoded empty text (the pipeline's null branch).
@@ -68,6 +73,8 @@ class TrainExtra:
     save_pth: bool = False
     nonfinite_budget: int = 10
     compile: bool = False
+    kernels: str = "auto"
+    checkpoint_ffn: bool = False
     random_encoders: bool = False
     train_text_encoder: bool = False
     null_caption_probability: float = 0.0
@@ -111,6 +118,8 @@ def train_extra(raw: Optional[Dict[str, Any]]) -> TrainExtra:
     for key in ("keep_last", "pool_size"):
         if getattr(extra, key) < 1:
             raise ConfigError(f"train.extra.{key} is {getattr(extra, key)}; it must be at least 1.")
+    if extra.kernels not in KERNELS:
+        raise ConfigError(f"train.extra.kernels is {extra.kernels!r}; allowed is {', '.join(KERNELS)}.")
     if not 0 <= extra.null_caption_probability <= 1:
         raise ConfigError(
             f"train.extra.null_caption_probability is {extra.null_caption_probability}; it must be in [0, 1]."

@@ -100,7 +100,7 @@ def bucket_resampling(aspect_ratio_type: str) -> Image.Resampling:
 
 
 def picture_to_tensor(picture: Image.Image) -> Tensor:
-    """Returns an RGB picture as (3, H, W) uint8, its memory as in the picture: the three colours of a pixel together."""
+    """Returns an RGB picture as (3, H, W) uint8; the three colours of a pixel stay together in memory."""
     return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1)
 
 

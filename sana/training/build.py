@@ -18,7 +18,10 @@ from sana.data.stream_loader import StreamLoader
 from sana.models import build_autoencoder, build_text_encoder, build_transformer
 from sana.models.autoencoder.base import Autoencoder
 from sana.models.text_encoder import PrecomputedTextEncoder, TextEncoder
+from sana.models.transformer.attention import set_backend
+from sana.models.transformer.mix_ffn import MixFFN
 from sana.models.weights import load_weights
+from sana.ops.backend import TritonUnavailableError, choose
 from sana.training.captions import CaptionEncoder
 from sana.training.feature_identity import require_features
 from sana.training.objective import FlowObjective, NoiseOptions
@@ -59,6 +62,13 @@ def check_trainable(config: SanaConfig, extra: TrainExtra) -> None:
         raise ConfigError("train.extra.save_pth does not go with train.use_fsdp: the shards are never in one place.")
     if config.train.snr_loss:
         raise ConfigError("train.snr_loss is true; flow matching weighs noise levels by scheduler.weighting_scheme.")
+    if extra.checkpoint_ffn and config.train.grad_checkpointing:
+        raise ConfigError(
+            "train.extra.checkpoint_ffn and train.grad_checkpointing are both true: the second computes whole blocks "
+            "again and leaves nothing for the first; switch one of them off."
+        )
+    if extra.checkpoint_ffn and not config.model.ffn_type.startswith("glumbconv"):
+        raise ConfigError(f"train.extra.checkpoint_ffn needs a Mix-FFN; model.ffn_type is {config.model.ffn_type!r}.")
     if unknown := sorted(set(config.train.auto_lr or {}) - {"rule", "base_batch_size"}):
         raise ConfigError(f"train.auto_lr has no key {unknown[0]!r}; it knows rule and base_batch_size.")
     if extra.random_encoders and (config.model.load_from or config.load_from):
@@ -101,6 +111,24 @@ def build_networks(config: SanaConfig, extra: TrainExtra) -> Networks:
         if isinstance(network, nn.Module):
             network.requires_grad_(False).eval()
     return Networks(transformer, autoencoder, text)
+
+
+def choose_kernels(transformer: nn.Module, extra: TrainExtra, device: torch.device) -> None:
+    """Sets what the operators of a transformer run through and keep (`train.extra.kernels`, `checkpoint_ffn`).
+
+    Raises:
+        ConfigError: Triton kernels are asked for where they cannot run.
+    """
+    for module in transformer.modules():
+        if isinstance(module, MixFFN):
+            module.recompute_expansion = extra.checkpoint_ffn
+    if extra.kernels == "auto":
+        return
+    try:
+        choose(extra.kernels, torch.empty(0, device=device))
+    except TritonUnavailableError as error:
+        raise ConfigError(f"train.extra.kernels is {extra.kernels}. {error}") from error
+    set_backend(transformer, extra.kernels)
 
 
 def build_objective(config: SanaConfig, extra: TrainExtra, networks: Networks) -> FlowObjective:

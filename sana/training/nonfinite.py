@@ -78,7 +78,7 @@ class NonFiniteGuard:
         self.bundles: list[str] = []
 
     def check(self, step: int, loss: float, grad_norm: float, evidence: Callable[[], Evidence] | None = None) -> bool:
-        """Looks at one step after its backward pass, and before its optimiser step or when the device has left that out.
+        """Looks at one step after its backward pass, before its optimiser step or after the device has left that out.
 
         Args:
             step: the number of the step.

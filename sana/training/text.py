@@ -15,14 +15,15 @@ def embed_captions(
 ) -> tuple[Tensor, Tensor]:
     """Embeds captions with the instruction before them, as the pipeline does for prompts.
 
-    Columns that are padding in every row cost nothing and are zero: the transformer does not read them.
+    The instruction is computed once for the whole run, and the features end with the longest caption of the batch: the
+    text encoder and the transformer compute no padding that no row has.
 
     Args:
         encoder: a text encoder, or embeddings computed before.
         captions: B texts.
 
     Returns:
-        Embeddings (B, L, C) and mask (B, L) int64.
+        Embeddings (B, L, C), zero where the mask (B, L) int64 is; L is at most the encoder's `model_max_length`.
     """
     assert encoder is not None
     if isinstance(encoder, PrecomputedTextEncoder):
@@ -31,5 +32,5 @@ def embed_captions(
     tokens = tokenize_prompts(
         encoder.tokenizer, captions, chi_prompt=encoder.chi_prompt, model_max_length=encoder.model_max_length
     )
-    found = encoder.forward_tokens(tokens.input_ids, tokens.attention_mask, tokens.select_index, trim=True)
+    found = encoder.encode_tokens(tokens, trim=True)
     return found.embeds, found.mask

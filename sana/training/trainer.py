@@ -24,6 +24,7 @@ from sana.training.build import (
     build_networks,
     build_objective,
     check_trainable,
+    choose_kernels,
     noise_options,
     require_start,
 )
@@ -88,6 +89,7 @@ class Trainer:
         self.parallel = Parallel(config.model.mixed_precision, use_fsdp=config.train.use_fsdp)
         seed_everything(config.train.seed)  # every process starts from the same weights
         self.networks = build_networks(config, self.extra)
+        choose_kernels(self.networks.transformer, self.extra, self.parallel.device)
         self.objective = build_objective(config, self.extra, self.networks)
         self.wrapped = self.parallel.prepare(self.objective, self.objective.parts())
         for network in (self.networks.autoencoder, self.networks.text_encoder):

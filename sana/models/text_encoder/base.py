@@ -13,6 +13,7 @@ from sana.models.checkpoint import CheckpointError
 from sana.models.text_encoder.chi import PromptTokens, chi_text, count_dropped_tokens, tokenize_prompts
 from sana.models.text_encoder.prefix_cache import Prefix, compute_prefix, encode_after, supports_prefix
 from sana.utils.logging import get_logger
+from sana.utils.transfer import to_device
 
 logger = get_logger(__name__)
 
@@ -142,14 +143,14 @@ class TextEncoder(nn.Module):
         total = input_ids.shape[1]
         length = max(1, int(attention_mask.sum(dim=1).max())) if trim else total
         hidden = self.model(
-            input_ids=input_ids[:, :length].to(self.device),
-            attention_mask=attention_mask[:, :length].to(self.device),
+            input_ids=to_device(input_ids[:, :length], self.device),
+            attention_mask=to_device(attention_mask[:, :length], self.device),
             **self._call_options(),
         ).last_hidden_state  # (B, length, C)
         if length < total:
             hidden = functional.pad(hidden, (0, 0, 0, total - length))
-        index = select_index.to(self.device)
-        return PromptEmbeds(hidden[:, index], attention_mask.to(self.device)[:, index])
+        index = to_device(select_index, self.device)
+        return PromptEmbeds(hidden[:, index], to_device(attention_mask, self.device)[:, index])
 
     def _call_options(self) -> dict[str, Any]:
         return {"use_cache": False}
@@ -200,6 +201,17 @@ class TextEncoder(nn.Module):
         longest = max(part.mask.shape[1] for part in parts)
         return PromptEmbeds.cat([part.resized(longest) for part in parts])
 
+    @torch.no_grad()
+    def encode_tokens(self, tokens: PromptTokens, *, trim: bool = False) -> PromptEmbeds:
+        """`encode` of prompts that follow the instruction and are tokenised: all rows at once, on any device.
+
+        Args:
+            tokens: of B prompts, on the CPU.
+            trim: see `encode`.
+        """
+        prefix = self._instruction_prefix(tokens.input_ids.shape[1]) if self.chi_prompt else None
+        return self._encode_rows(tokens, prefix, trim)
+
     def _rows_at_once(self, count: int) -> int:
         return 1 if self.device.type == "cpu" else count
 
@@ -210,8 +222,8 @@ class TextEncoder(nn.Module):
         if hidden is None:
             found = self.forward_tokens(ids, mask, index, trim=trim)
         else:
-            kept = index[index < hidden.shape[1]].to(self.device)
-            found = PromptEmbeds(hidden[:, kept], mask.to(self.device)[:, kept])
+            kept = to_device(index[index < hidden.shape[1]], self.device)
+            found = PromptEmbeds(hidden[:, kept], to_device(mask, self.device)[:, kept])
         if not trim:
             return found
         found = found.resized(int(mask[:, index].sum(dim=1).max()))

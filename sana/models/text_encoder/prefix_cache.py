@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sana.utils.transfer import to_device
+
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
@@ -85,7 +87,7 @@ def encode_after(model: Any, prefix: Prefix, input_ids: Tensor, attention_mask: 
     rows, total = input_ids.shape
     longest = int(attention_mask.sum(dim=1).max())
     cache = prefix.as_cache(rows, shared)
-    ids, mask = input_ids.to(prefix.hidden.device), attention_mask.to(prefix.hidden.device)
+    ids, mask = (to_device(one, prefix.hidden.device) for one in (input_ids, attention_mask))
     parts = [prefix.hidden[:shared].expand(rows, -1, -1)]
     for start, stop in ((shared, longest), (longest, longest if trim else total)):
         if start < stop:
