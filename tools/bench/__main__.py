@@ -12,6 +12,7 @@ Exit codes: 0 done, 1 a comparison failed (results that differ, or an error), 2 
 import argparse
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from sana.registry import suggest
 
 ROOT = Path(__file__).parents[2]
 SUITES = ("cpu", "gpu", "quick", "all")
-PARTS = ("end_to_end", "block_stack", "training_step", "memory", "dit", "operators", "scaling", "loader")
+PARTS = ("end_to_end", "block_stack", "training_step", "scaling", "loader", "operators", "memory", "dit")
 
 
 def one_of(kind: str, known: Sequence[str], name: str) -> str:
@@ -76,6 +77,7 @@ def _run(suite: str, options: argparse.Namespace, arguments: Sequence[str], gpu:
     from tools.bench.suites import Options, plan, run_suite
 
     setup_logging("ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of diffusers, about names that its older releases need
     device = "cuda" if suite == "gpu" or (suite == "quick" and gpu) else "cpu"
     with tempfile.TemporaryDirectory(prefix="sana-bench-") as folder:
         setting = Setting(suite, device, Path(folder))

@@ -75,7 +75,7 @@ def build_comparison(
     step = CachedDenoiser(fastest(network), inputs)
     sides = [Side(OURS, step, step.prepare, STEPS), Side("diffusers", their_step)]
     if setting.device != "cpu":
-        sides.insert(1, Side(GRAPH, CapturedStep(step)))
+        sides.insert(1, Side(GRAPH, CapturedStep(CachedDenoiser(step.model, inputs)), step.prepare, STEPS))
 
     def check() -> dict[str, Check]:
         ours = step().clone()
@@ -89,7 +89,7 @@ class CapturedStep:
     """A step of our network as one CUDA graph.
 
     Args:
-        step: waits for no device.
+        step: waits for no device, and is not prepared again: the graph reads its tensors where they are.
     """
 
     def __init__(self, step: CachedDenoiser) -> None:
@@ -97,6 +97,7 @@ class CapturedStep:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()  # compiles kernels before the capture
+        self._step = step
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

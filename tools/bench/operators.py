@@ -78,7 +78,7 @@ def cases(setting: Setting) -> list[Case]:
     for name, make in OPERATORS.items():
         for number, shape in enumerate(shapes(setting)):
             for dtype in dtypes:
-                compiled = number == 0 and dtype == dtypes[0]
+                compiled = number == 0 and dtype == dtypes[0] and setting.suite != "quick"
                 for direction in directions:
                     build = partial(_build, make, shape, dtype, direction, setting, compiled)
                     large = number < 2 or setting.device == "cpu"  # a small one lies in the cache

@@ -132,7 +132,7 @@ def _common(case: CaseResult, name: str, timing: Timing) -> list[str]:
         f"{case.ratio(name):.2f}x" if timed and not first else "",
         f"{case.ratio(name, 'cpu'):.2f}x" if timed and not first and not timing.gpu else "",
         f"{check.rms_ratio:.1e} (allowed {check.tolerance:.0e})" if check else "",
-        f"{timing.peak_bytes / 2**20:.0f} MiB" if timing.peak_bytes else "",
+        f"{timing.peak_bytes / 2**20:.0f} MiB" if timing.gpu or case.part == "memory" else "",
     ]
 
 
@@ -209,8 +209,8 @@ def _environment(report: Report) -> list[str]:
 def _legend() -> list[str]:
     return [
         "Sides run in turn, A, B, A, B, ...; a ratio is the median over the rounds of the other side's time divided by "
-        "ours. Results are compared before anything is timed: RMS(ours - other) / RMS(other). Peak memory is that of "
-        "the whole process (CPU, both sides loaded, but for the part Memory) or what is allocated on the GPU.",
+        "ours. Results are compared before anything is timed: RMS(ours - other) / RMS(other). Peak memory is what is "
+        "allocated on the GPU, or in the part Memory the resident memory of a process that holds one side only.",
     ]
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from sana.pipelines.loading import as_device
 
-SUITES = ("cpu", "gpu", "quick", "all")
-
 
 @dataclass(frozen=True)
 class Setting:

@@ -95,6 +95,8 @@ def answers(report: Report) -> list[Answer]:
 
 
 def _answer(target: Target, report: Report) -> Answer:
+    if target.device != report.environment["device"]:
+        return Answer(target, UNMEASURED)
     cases = report.find(target.key)
     if target.side not in ("", ROOFLINE):
         cases = [case for case in cases if target.side in case.timings]
@@ -139,7 +141,5 @@ def _throughput(target: Target, cases: Sequence[CaseResult]) -> Answer:
 
 
 def _why_not(target: Target, report: Report) -> str:
-    if target.device != report.environment["device"]:
-        return ""
     tried = [case for case in report.cases if case.key == target.key]
     return next((case.reason for case in tried if case.reason), "") if tried else ""

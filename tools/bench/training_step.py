@@ -123,7 +123,8 @@ class TrainingStep:
 
 def _loss(objective: FlowObjective, features: Features, wide: bool = False) -> Tensor:
     with torch.autocast(features.latents.device.type, torch.bfloat16, enabled=not wide):
-        return objective(features.latents, features.draws, features.text, features.mask).mean()
+        text = features.text.float() if wide else features.text
+        return objective(features.latents, features.draws, text, features.mask).mean()
 
 
 def _gradients(objective: FlowObjective, features: Features, network: nn.Module, wide: bool = False) -> Tensor:
