@@ -118,8 +118,7 @@ class TransformerDenoiser:
         stacked = latents.to(self.dtype).repeat(len(branches), 1, 1, 1)
         perturbed = {"pag_layers": self.pag_layers, "pag_rows": rows} if "perturbed" in branches else {}
         if branches not in self._texts:
-            texts = self.text(branches)
-            self._texts[branches] = self.transformer.cache_text(*texts) if self._cached else texts
+            self._texts[branches] = self._prepare(branches)
         text = self._texts[branches]
         if isinstance(text, TextCache):
             output = self.transformer(stacked, self._time(sigma), text, **perturbed)
@@ -134,6 +133,10 @@ class TransformerDenoiser:
             embeds, mask = self.text(branches)
             check_finite(output, self.transformer, what, stacked, timesteps, embeds, mask=mask, **perturbed)
         return dict(zip(branches, output.chunk(len(branches)), strict=True))
+
+    def _prepare(self, branches: tuple[str, ...]) -> TextCache | tuple[Tensor, Tensor]:
+        embeds, mask = self.text(branches)
+        return self.transformer.cache_text(embeds, mask, branches=len(branches)) if self._cached else (embeds, mask)
 
     def _timesteps(self, sigma: Tensor, rows: int) -> Tensor:
         return (sigma.to(device=self._prompt.mask.device, dtype=torch.float32) * TIMESTEPS).expand(rows)

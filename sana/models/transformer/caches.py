@@ -20,23 +20,23 @@ class TextPart:
     """Texts of some rows of a batch as every block's cross-attention reads them.
 
     Attributes:
-        rows: number of rows.
-        key_values: keys and values (rows, h, L, d) of every block.
-        mask: (rows, L) booleans, or None where every token is read.
+        rows: their places in the batch, rising.
+        key_values: keys and values (len(rows), h, L, d) of every block.
+        mask: (len(rows), L) booleans, or None where every token is read.
     """
 
-    rows: int
+    rows: tuple[int, ...]
     key_values: tuple[KeyValue, ...]
     mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class TextCache:
-    """Texts of a whole batch: one part on a GPU; on a CPU one a row, so that a row's bits depend on nothing else."""
+    """Texts of a whole batch: one part on a GPU; on a CPU one an image, so that its bits depend on no other image."""
 
     parts: tuple[TextPart, ...]
 
     @property
     def rows(self) -> int:
         """Number of rows of the batch."""
-        return sum(part.rows for part in self.parts)
+        return sum(len(part.rows) for part in self.parts)

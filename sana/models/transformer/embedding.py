@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from sana.models.layers.linear import Linear
 from sana.models.transformer.mix_ffn import Mlp
 from sana.ops import modulated_layer_norm
+from sana.ops.backend import choose
+from sana.ops.linear.cpu import linear_cpu
 
 
 class PatchEmbed(nn.Module):
@@ -28,6 +30,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D)."""
+        if self.proj.kernel_size == self.proj.stride == (1, 1) and choose("auto", latents) == "cpu":
+            return linear_cpu(latents.flatten(2).transpose(1, 2), self.proj.weight, self.proj.bias)
         return self.proj(latents.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
 
 

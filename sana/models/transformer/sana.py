@@ -129,29 +129,37 @@ class Sana(nn.Module):
         return out.chunk(2, dim=1)[0] if self.architecture.pred_sigma else out
 
     @torch.no_grad()
-    def cache_text(self, y: Tensor, mask: Tensor | None = None, *, batch_invariant: bool | None = None) -> TextCache:
+    def cache_text(
+        self, y: Tensor, mask: Tensor | None = None, *, branches: int = 1, batch_invariant: bool | None = None
+    ) -> TextCache:
         """Projects texts, once for all steps of sampling, to the keys and values of every block.
 
         Args:
             y: (B, L, C_text) or (B, 1, L, C_text) text embeddings.
             mask: (B, L), non-zero for tokens that may be read; None: all.
-            batch_invariant: as in `forward`. Each row then keeps its readable tokens only; else all L are kept with the
-                mask, so that nothing waits for a GPU: cut them before.
+            branches: number k of rows that belong to one image, as guidance stacks them: rows i, i + B / k, ...
+            batch_invariant: as in `forward`, but for images instead of rows: the branches of an image are computed
+                together, and keep the tokens only that one of them reads. Else all L are kept with the mask, so that
+                nothing waits for a GPU: cut them before.
 
         Raises:
-            ValueError: the network needs more inputs than `denoise` takes.
+            ValueError: the network needs more inputs than `denoise` takes, or k does not divide B.
         """
         if not self.cacheable:
             raise ValueError(f"{type(self).__name__} is sampled with forward(); denoise() does not know its inputs.")
+        if len(y) % branches:
+            raise ValueError(f"{len(y)} rows are not {branches} branches of as many images.")
         y = y if y.dim() == 4 else y.unsqueeze(1)
         mask = None if mask is None else readable_tokens(mask.flatten(1))
-        by_row = self._by_row(y) if batch_invariant is None else batch_invariant
-        if not by_row:
-            return TextCache((self._cache_rows(y, mask),))
-        masks = [None] * len(y) if mask is None else mask.split(1)
-        return TextCache(
-            tuple(self._cache_rows(*self._trim(row.clone(), own)) for row, own in zip(y.split(1), masks, strict=True))
-        )
+        if not (self._by_row(y) if batch_invariant is None else batch_invariant):
+            return TextCache((self._cache_rows(tuple(range(len(y))), y, mask),))
+        images = len(y) // branches
+        parts = []
+        for image in range(images):
+            rows = tuple(range(image, len(y), images))
+            text, own = self._trim(y[rows, ...], None if mask is None else mask[rows, ...])
+            parts.append(self._cache_rows(rows, text, own))
+        return TextCache(tuple(parts))
 
     @torch.no_grad()
     def cache_time(self, timestep: Tensor, cfg_scale: Tensor | None = None) -> list[TimeCache]:
@@ -183,14 +191,16 @@ class Sana(nn.Module):
             raise ValueError(f"latents of {x.shape[0]} rows and texts of {text.rows} do not fit.")
         self._check_shape(x)
         self._check_perturbation(x, tuple(pag_layers), pag_rows)
-        results, start, kept = [], 0, x.shape[0] - pag_rows
+        layers, first_perturbed = frozenset(pag_layers), x.shape[0] - pag_rows
+        if len(text.parts) == 1:
+            return self._denoise(x, time, text.parts[0], layers, pag_rows)
+        results: list[Tensor] = [x] * len(x)
         for part in text.parts:
-            rows = x if part.rows == len(x) else x[start : start + part.rows].clone()
-            start += part.rows
-            results.append(
-                self._denoise(rows, time, part, frozenset(pag_layers), max(0, start - max(kept, start - part.rows)))
-            )
-        return results[0] if len(results) == 1 else torch.cat(results)
+            perturbed = sum(row >= first_perturbed for row in part.rows)
+            out = self._denoise(x[part.rows, ...], time, part, layers, perturbed)
+            for row, result in zip(part.rows, out.split(1), strict=True):
+                results[row] = result
+        return torch.cat(results)
 
     def _denoise(self, x: Tensor, time: TimeCache, text: TextPart, pag_layers: frozenset[int], pag_rows: int) -> Tensor:
         grid = self._grid(x)
@@ -201,10 +211,10 @@ class Sana(nn.Module):
             tokens = block(tokens, key_value, table[None], text.mask, grid, rotary, identity_rows)
         return unpatchify(self.final_layer(tokens, time.time), grid, self.architecture.patch_size)
 
-    def _cache_rows(self, y: Tensor, mask: Tensor | None) -> TextPart:
+    def _cache_rows(self, rows: tuple[int, ...], y: Tensor, mask: Tensor | None) -> TextPart:
         text = self._project_text(y)
         key_values = (block.cross_attn.key_value(text) for block in self.blocks)
-        return TextPart(len(y), tuple((key.contiguous(), value.contiguous()) for key, value in key_values), mask)
+        return TextPart(rows, tuple((key.contiguous(), value.contiguous()) for key, value in key_values), mask)
 
     def _by_row(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and not self.training

@@ -90,3 +90,25 @@ def test_texts_and_latents_must_have_the_same_rows():
 def test_networks_with_other_inputs_refuse(kind):
     with pytest.raises(ValueError, match=f"{kind.__name__} is sampled with forward"):
         small(kind).cache_text(inputs(1)["y"])
+
+
+@pytest.mark.parametrize("pag", [False, True])
+def test_branches_of_an_image_together(pag):
+    """Each image has its bits whatever stands beside it, and nearly those of its rows alone."""
+    branches = 3 if pag else 2
+    model, batch = small(), at_one_time(inputs(3, lengths=[3, 6, 1]))
+    batch = {name: value.repeat(branches, *[1] * (value.dim() - 1)) for name, value in batch.items()}
+    options = {"pag_layers": (1,), "pag_rows": 3} if pag else {}
+    with torch.no_grad():
+        time = model.cache_time(batch["timestep"][:1])[0]
+        text = model.cache_text(batch["y"], batch["mask"], branches=branches)
+        assert [part.rows for part in text.parts] == [tuple(range(i, 3 * branches, 3)) for i in range(3)]
+        together = model.denoise(batch["x"], time, text, **options)
+        assert_rms_close(together, model(**batch, **options))
+        for image in range(3):
+            own = {name: value[image::3] for name, value in batch.items()}
+            alone = model.cache_text(own["y"], own["mask"], branches=branches)
+            options = {"pag_layers": (1,), "pag_rows": 1} if pag else {}
+            assert torch.equal(model.denoise(own["x"], time, alone, **options), together[image::3])
+    with pytest.raises(ValueError, match="4 branches"):
+        model.cache_text(batch["y"], branches=4)
