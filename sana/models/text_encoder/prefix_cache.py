@@ -62,8 +62,8 @@ def compute_prefix(model: Any, ids: Tensor, device: torch.device) -> Prefix:
 
     cache = DynamicCache()
     hidden = _extend(model, cache, ids[None].to(device), torch.ones_like(ids)[None].to(device), 0, len(ids))
-    layers = tuple((layer.keys, layer.values) for layer in cache.layers)
-    return Prefix(ids.cpu(), hidden[0], layers)
+    layers: Any = cache.layers  # of keys and values, whatever kinds of layers transformers knows besides
+    return Prefix(ids.cpu(), hidden[0], tuple((layer.keys, layer.values) for layer in layers))
 
 
 def encode_after(model: Any, prefix: Prefix, input_ids: Tensor, attention_mask: Tensor, *, trim: bool) -> Tensor | None:
