@@ -24,6 +24,8 @@ def test_values_are_taken():
         (data_extra, {"order": "random"}, "shuffled"),
         (data_extra, {"broken_budget": "many"}, "wrong type"),
         (data_extra, {"max_pixels": 0}, "positive"),
+        (data_extra, {"resize": "quick"}, "exact, fast"),
+        (train_extra, {"kernels": "cuda"}, "auto, triton"),
         (data_extra, ["pad"], "mapping"),
         (train_extra, {"keep_lst": 3}, "Did you mean 'keep_last'"),
         (train_extra, {"keep_last": 0}, "at least 1"),

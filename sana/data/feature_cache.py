@@ -114,7 +114,7 @@ class FeatureCache:
 
         Args:
             sample_key: the data set's key.
-            vae: read "latents" (C, h, w) float32, scaled.
+            vae: read "latents" (C, h, w) in the stored dtype, scaled.
             text: read "prompt_embeds" (L, D) in the stored dtype, trimmed to real tokens, and "prompt_mask" (L,) int64.
             caption: whose features; None takes the first one that was cached for this sample.
 
@@ -127,7 +127,7 @@ class FeatureCache:
         if vae:
             if record.latents not in self._shard_of:
                 raise DataError(f"The latents of {sample_key} are not in {self.folder}: {_remedy(self.folder)}.")
-            features["latents"] = self._read(record.latents, "latents").float()
+            features["latents"] = self._read(record.latents, "latents")
         if text:
             name = self._caption_name(sample_key, record, caption)
             features["prompt_embeds"] = self._read(name, "embeds")

@@ -111,6 +111,7 @@ class Trainer:
             self.parallel.device.type == "cuda"
         )  # steps are asked for before the one before is known to be good
         self._open: _OpenStep | None = None
+        self._trained: list[str] = []  # parameters with a gradient
         self.report = Report(self)
         run_state.resume(self)
 
@@ -181,7 +182,10 @@ class Trainer:
         if taken:
             step_unless(self.optimizer, ~(torch.isfinite(loss) & torch.isfinite(norm)))
         numbers = torch.stack([loss, norm.double(), mine])
-        numbers = numbers if norms is None else torch.cat([numbers, norms.double()])
+        if norms is not None:
+            numbers = torch.cat([numbers, norms.double()])
+            if len(self._trained) != len(norms):
+                self._trained = [name for name, one in self.objective.named_parameters() if one.grad is not None]
         return _OpenStep(self.step, self.samples, batches, total, taken, PendingNumbers(numbers))
 
     def settle(self) -> None:
@@ -253,14 +257,13 @@ class Trainer:
         first = step.samples + ((len(batches) - 1) * self.parallel.world_size + self.parallel.rank) * len(latents)
         draws = draw(range(first, first + len(latents)), latents.shape[1:], self.noise).to(latents.device)
         tensors = {"latents": latents, "noise": draws.noise, "index": draws.index}
-        trained = [name for name, parameter in self.objective.named_parameters() if parameter.grad is not None]
         return Evidence(
             keys=[key for each in batches for key in each.keys],
             captions=[caption for each in batches for caption in each.captions],
             tensors=tensors if embeds is None else {**tensors, "prompt_embeds": embeds},
             find_layer=lambda: first_nonfinite_layer(self.objective, latents, draws, embeds, mask, batch.captions),
             parameters=self.objective.named_parameters(),
-            gradient_norms=dict(zip(trained, norms, strict=True)) if len(trained) == len(norms) else {},
+            gradient_norms=dict(zip(self._trained, norms, strict=True)) if norms else {},
             local_loss=loss,
         )
 

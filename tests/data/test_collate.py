@@ -61,3 +61,10 @@ def test_moving_keeps_everything_else() -> None:
 def test_samples_that_do_not_fit_together(first, second, message) -> None:
     with pytest.raises(DataError, match=message.replace("(", r"\(").replace(")", r"\)")):
         batch_of(first, second)
+
+
+def test_loaded_pictures_are_copied_as_they_lie_in_memory() -> None:
+    pixels = torch.arange(2 * 4 * 6 * 3).to(torch.uint8).reshape(2, 4, 6, 3)
+    batch = batch_of(*(sample(key, image=each.permute(2, 0, 1)) for key, each in zip("ab", pixels, strict=True)))
+    assert batch.images.dtype == torch.uint8 and torch.equal(batch.images, pixels.permute(0, 3, 1, 2))
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)

@@ -277,3 +277,14 @@ def test_arguments_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             folder_of(EXAMPLE, **options)
+
+
+def test_the_fast_reader_gives_nearly_the_same_pictures() -> None:
+    options = {"data_dir": EXAMPLE, "multi_scale": True, "aspect_ratio_type": "ASPECT_RATIO_256"}
+    exact, fast = SanaImgDataset(**options), SanaImgDataset(**options, resize="fast")
+    for index in range(len(exact)):
+        one, other = load(exact, index).image, load(fast, index).image
+        assert one.shape == other.shape and one.dtype == other.dtype == torch.uint8
+        assert (one.int() - other.int()).abs().max() <= 2
+    with pytest.raises(ValueError, match="resize is 'slow'"):
+        SanaImgDataset(**options, resize="slow")

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
-from sana.data.images import image_size, read_image
+from sana.data.images import get_reader, image_size, read_image, read_pixels
 from sana.data.sample import BrokenSampleError
 
 WIDTH, HEIGHT = 12, 8
@@ -164,3 +165,35 @@ def test_other_formats_are_not_opened(content: bytes) -> None:
 def test_a_missing_file_is_broken(tmp_path) -> None:
     with pytest.raises(BrokenSampleError, match="No such file"):
         read_image(tmp_path / "a.png", "a")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_pixels_are_those_of_the_picture(tmp_path, mode, suffix, orientation):
+    if mode == "CMYK" and suffix != "JPEG":
+        pytest.skip("no such file")
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "picture"
+    Image.fromarray(pixels).resize((140, 90)).convert(mode).save(path, suffix, exif=exif)
+    expected = torch.from_numpy(np.array(read_image(path, "k"))).permute(2, 0, 1)
+    for source in (path, path.read_bytes()):
+        found = read_pixels(source, "k")
+        assert found.dtype == torch.uint8 and torch.equal(found, expected)
+    with pytest.raises(BrokenSampleError, match="more than the 100"):
+        read_pixels(path, "k", max_pixels=100)
+
+
+def test_pixels_of_a_broken_file_are_refused_as_the_picture_is(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    for read in (read_image, read_pixels):
+        with pytest.raises(BrokenSampleError, match="truncated"):
+            read(path, "k")
+    with pytest.raises(BrokenSampleError):
+        read_pixels(tmp_path / "missing.jpg", "k")
+    with pytest.raises(ValueError, match=r"exact, fast"):
+        get_reader("fastest")

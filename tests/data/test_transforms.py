@@ -125,3 +125,31 @@ def test_images_fit_an_autoencoder() -> None:
     torch.testing.assert_close(
         fit_to_factor(torch.full((1, 3, 144, 400), 0.25), 32), torch.full((1, 3, 160, 416), 0.25)
     )
+
+
+def test_uint8_becomes_the_floats_it_always_became() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).expand(3, 2, 256)
+    expected = pixels.float().div(255).sub(0.5).div(0.5)
+    assert torch.equal(normalise_images(pixels), expected)
+    batch = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]  # colours of a pixel together, as loaders give
+    assert torch.equal(normalise_images(batch), expected[None]) and normalise_images(batch).is_contiguous()
+
+
+@pytest.mark.gpu
+def test_every_device_gives_the_same_floats() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 2, 256)
+    assert torch.equal(normalise_images(pixels.cuda()).cpu(), normalise_images(pixels))
+
+
+@pytest.mark.parametrize("size", [(300, 400), (1000, 700), (90, 300), (257, 311)])
+@pytest.mark.parametrize("table", ["ASPECT_RATIO_256", "ASPECT_RATIO_2048"])
+def test_a_tensor_is_scaled_as_a_picture_within_two_levels(size: tuple[int, int], table: str) -> None:
+    picture = noise(*size)
+    tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    levels = 0 if "2048" in table else 2  # no Lanczos filter for tensors: PIL scales them
+    for exact, fast, limit in (
+        (bucket_transform(picture, 128, 192, table), bucket_transform(tensor, 128, 192, table), levels),
+        (get_transform("default_train")(picture, 96), get_transform("default_train")(tensor, 96), 1),
+    ):
+        assert exact.dtype == fast.dtype == torch.uint8 and exact.shape == fast.shape
+        assert (exact.int() - fast.int()).abs().max() <= limit
