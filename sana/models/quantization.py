@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sana.models.checkpoint import CheckpointError
 from sana.models.transformer.mix_ffn import MixFFN, Mlp
-from sana.ops.fp8.function import check_backend, check_widths, fp8_linear, require_fp8
+from sana.ops.fp8.function import check_backend, check_widths, fp8_linear, gated_convolution, require_fp8
 from sana.ops.fp8.reference import Fp8Rows, quantize_rows
 from sana.ops.mix_ffn.reference import depthwise_conv, to_image, to_tokens
 
@@ -88,13 +88,19 @@ class Fp8MixFFN(nn.Module):
         self.inverted_conv = _pointwise(exact.inverted_conv, backend)
         self.depth_conv = exact.depth_conv
         self.point_conv = _pointwise(exact.point_conv, backend)
+        kernel = exact.depth_conv.weight_bias[0].shape[-2:]
+        self._kernel_fits = tuple(kernel) == (3, 3) and self.dilation == 1 and isinstance(self.glu_act, nn.SiLU)
 
     def forward(self, x: Tensor, HW: tuple[int, int]) -> Tensor:
         """(B, N, D) -> (B, N, D); HW is the grid of the N tokens."""
         weight, bias = self.depth_conv.weight_bias
-        expanded = to_image(self.act(self.inverted_conv(x)), HW)
-        value, gate = depthwise_conv(expanded, weight, bias, self.dilation).chunk(2, dim=1)
-        return self.out_act(self.point_conv(to_tokens(value * self.glu_act(gate))))
+        expanded = self.act(self.inverted_conv(x))
+        if self.inverted_conv.fp8_backend == "triton" and self._kernel_fits:
+            gated = gated_convolution(expanded, HW, weight, bias)
+        else:
+            value, gate = depthwise_conv(to_image(expanded, HW), weight, bias, self.dilation).chunk(2, dim=1)
+            gated = to_tokens(value * self.glu_act(gate))
+        return self.out_act(self.point_conv(gated))
 
 
 def quantize_fp8(

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sana.ops.fp8 import function
-from sana.ops.fp8.function import Fp8UnavailableError, fp8_linear, require_fp8, scaled_product
+from sana.ops.fp8.function import Fp8UnavailableError, fp8_linear, gated_convolution, require_fp8, scaled_product
 from sana.ops.fp8.reference import FP8_MAX, Fp8Rows, dequantize_rows, quantize_rows
+from tests.ops.kernels import nan_memory
 from tests.tolerance import assert_rms_close, rms_ratio
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +190,18 @@ def test_the_kernel_refuses_columns_that_are_apart() -> None:
 
     with pytest.raises(ValueError, match="contiguous rows of at most 16384"):
         quantize_rows_triton(draw(16, 32).t())
+
+
+def test_the_gated_convolution_is_that_of_pytorch() -> None:
+    pytest.importorskip("triton")
+    x, weight, bias = draw(2, 15, 32), draw(32, 1, 3, 3, seed=1), draw(32, seed=2)
+    image = x.transpose(1, 2).unflatten(2, (3, 5))
+    value, gate = F.conv2d(image, weight, bias, padding=1, groups=32).chunk(2, dim=1)
+    expected = (value * F.silu(gate)).flatten(2).transpose(1, 2)
+    with nan_memory():
+        assert_rms_close(gated_convolution(x, (3, 5), weight, bias), expected)
+    with pytest.raises(ValueError, match="must be \\(2M, 1, 3, 3\\)"):
+        gated_convolution(x, (3, 5), draw(32, 1, 5, 5), bias)
 
 
 COMPILE = """

@@ -78,6 +78,8 @@ class SelfAttention(nn.Module):
         return out.to(dtype).transpose(1, 2).flatten(2)  # (B, N, D)
 
     def _project_value(self, x: Tensor) -> Tensor:
+        if not isinstance(self.qkv, nn.Linear):  # quantised: its weight cannot be cut
+            return self.qkv(x).chunk(3, dim=-1)[2]
         width = self.qkv.out_features // 3
         bias = None if self.qkv.bias is None else self.qkv.bias[2 * width :]
         return F.linear(x, self.qkv.weight[2 * width :], bias)

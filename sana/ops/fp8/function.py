@@ -86,6 +86,35 @@ def scaled_product(rows: Fp8Rows, weight: Fp8Rows, bias: Tensor | None) -> Tenso
     )
 
 
+def gated_convolution(x: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The middle of the Mix-FFN by its Triton kernel: a depthwise 3x3 convolution, then value * silu(gate).
+
+    Args:
+        x: (B, N, 2M) activated expansion.
+        grid: (H, W) with H * W = N.
+        weight: (2M, 1, 3, 3).
+        bias: (2M,).
+
+    Returns:
+        (B, N, M).
+
+    Raises:
+        TritonUnavailableError: Triton cannot run on `x`.
+        ValueError: the kernel is not 3x3.
+    """
+    if tuple(weight.shape[1:]) != (1, 3, 3):
+        raise ValueError(f"the depthwise weight must be (2M, 1, 3, 3), not {tuple(weight.shape)}.")
+    require_triton(x)
+    from sana.ops.mix_ffn import plan
+    from sana.ops.mix_ffn.forward import depthwise
+
+    capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+    taps = weight.reshape(-1, 9).t().contiguous()  # (9, 2M)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    gated = depthwise(flat, grid, taps, bias, gated=True, tile=plan.forward_tile(grid[0], capability))
+    return gated.view(*x.shape[:2], -1)
+
+
 def check_backend(backend: str) -> None:
     """Raises ValueError unless a backend is known."""
     if backend not in BACKENDS:
