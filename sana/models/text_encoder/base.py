@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from sana.models.checkpoint import CheckpointError
 from sana.models.text_encoder.chi import PromptTokens, chi_text, count_dropped_tokens, tokenize_prompts
-from sana.models.text_encoder.prefix_cache import Prefix, compute_prefix, encode_after, supports_prefix
+from sana.models.text_encoder.prefix_cache import MIN_TOKENS, Prefix, compute_prefix, encode_after, supports_prefix
 from sana.utils.logging import get_logger
 from sana.utils.transfer import to_device
 
@@ -192,10 +192,11 @@ class TextEncoder(nn.Module):
             self.tokenizer, prompts, chi_prompt=instruction, model_max_length=self.model_max_length
         )
         self._warn_of_truncation(prompts, tokens.attention_mask, instruction)
-        prefix = self._instruction_prefix(tokens.input_ids.shape[1]) if instruction else None
+        reuse = self._can_reuse(instruction, tokens.input_ids.shape[1])
+        prefix = self._instruction_prefix() if reuse else None
         rows = self._rows_at_once(len(prompts))
         parts = [
-            self._encode_rows(PromptTokens(ids, mask, tokens.select_index), prefix, trim)
+            self._encode_rows(PromptTokens(ids, mask, tokens.select_index), prefix, reuse=reuse, trim=trim)
             for ids, mask in zip(tokens.input_ids.split(rows), tokens.attention_mask.split(rows), strict=True)
         ]
         longest = max(part.mask.shape[1] for part in parts)
@@ -209,19 +210,20 @@ class TextEncoder(nn.Module):
             tokens: of B prompts, on the CPU.
             trim: see `encode`.
         """
-        prefix = self._instruction_prefix(tokens.input_ids.shape[1]) if self.chi_prompt else None
-        return self._encode_rows(tokens, prefix, trim)
+        reuse = self._can_reuse(self.chi_prompt, tokens.input_ids.shape[1])
+        prefix = self._instruction_prefix() if reuse else None
+        return self._encode_rows(tokens, prefix, reuse=reuse, trim=trim)
 
     def _rows_at_once(self, count: int) -> int:
         return 1 if self.device.type == "cpu" else count
 
-    def _encode_rows(self, tokens: PromptTokens, prefix: Prefix | None, trim: bool) -> PromptEmbeds:
+    def _encode_rows(self, tokens: PromptTokens, prefix: Prefix | None, *, reuse: bool, trim: bool) -> PromptEmbeds:
         """Encodes rows of tokens together; with `trim` the result is as long as the longest of them."""
         ids, mask, index = tokens
-        hidden = encode_after(self.model, prefix, ids, mask, trim=trim) if prefix is not None else None
-        if hidden is None:
+        if not reuse:
             found = self.forward_tokens(ids, mask, index, trim=trim)
         else:
+            hidden = encode_after(self.model, prefix, ids, mask, device=self.device, trim=trim)
             kept = to_device(index[index < hidden.shape[1]], self.device)
             found = PromptEmbeds(hidden[:, kept], to_device(mask, self.device)[:, kept])
         if not trim:
@@ -229,16 +231,19 @@ class TextEncoder(nn.Module):
         found = found.resized(int(mask[:, index].sum(dim=1).max()))
         return PromptEmbeds(found.embeds.masked_fill(found.mask[..., None] == 0, 0.0), found.mask)
 
-    def _instruction_prefix(self, total: int) -> Prefix | None:
-        """Keys and values of the instruction, kept as long as nothing changes; None where they cannot be reused."""
-        if not self.causal or self.model.training or not supports_prefix(self.model.config, total):
-            return None
+    def _can_reuse(self, instruction: str, total: int) -> bool:
+        """Whether `total` tokens that begin with an instruction may be computed in parts, each once."""
+        kept = self.causal and not self.model.training  # layers that are checkpointed in training take no cache
+        return bool(instruction) and kept and supports_prefix(self.model.config, total)
+
+    def _instruction_prefix(self) -> Prefix | None:
+        """Keys and values of the instruction, kept as long as nothing changes; None where it is too short to pay."""
         key = self.fingerprint()
         if self._prefix is not None and self._prefix[0] == key:
             return self._prefix[1]
         self._prefix = None
-        ids = self.tokenizer(self.chi_prompt, return_tensors="pt")["input_ids"][0].long()
-        if not len(ids):
+        ids = torch.tensor(self.tokenizer.encode(self.chi_prompt), dtype=torch.long)
+        if len(ids) < MIN_TOKENS:
             return None
         prefix = compute_prefix(self.model, ids, self.device)
         if key is not None:

@@ -11,6 +11,8 @@ from sana.utils.transfer import to_device
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+MIN_TOKENS = 16  # a shorter instruction costs less than the call of the network that it would need for itself
+
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
@@ -66,29 +68,34 @@ def compute_prefix(model: Any, ids: Tensor, device: torch.device) -> Prefix:
     return Prefix(ids.cpu(), hidden[0], tuple((layer.keys, layer.values) for layer in layers))
 
 
-def encode_after(model: Any, prefix: Prefix, input_ids: Tensor, attention_mask: Tensor, *, trim: bool) -> Tensor | None:
-    """Returns the last hidden states of prompts without computing the tokens they share with the prefix.
+def encode_after(
+    model: Any, prefix: Prefix | None, input_ids: Tensor, attention_mask: Tensor, *, device: torch.device, trim: bool
+) -> Tensor:
+    """Returns the last hidden states of prompts without computing the tokens that they share with the prefix.
 
     Real tokens are computed in one call and padding in another, so that both forms have the same bits.
 
     Args:
-        model: the causal transformers model that made the prefix.
-        prefix: see `compute_prefix`.
+        model: a causal transformers model.
+        prefix: what it computed for the instruction, see `compute_prefix`; None where nothing is kept.
         input_ids: (B, T) int64 on the CPU, padded on the right.
         attention_mask: (B, T).
+        device: of the model.
         trim: leave out the columns that are padding in every row.
 
     Returns:
-        (B, T', C), T' = T or with `trim` the length of the longest row; None where nothing is shared.
+        (B, T', C), T' = T or with `trim` the length of the longest row.
     """
-    shared = prefix.shared(input_ids, attention_mask)
-    if not shared:
-        return None
+    from transformers import DynamicCache
+
     rows, total = input_ids.shape
+    shared = prefix.shared(input_ids, attention_mask) if prefix is not None else 0
     longest = int(attention_mask.sum(dim=1).max())
-    cache = prefix.as_cache(rows, shared)
-    ids, mask = (to_device(one, prefix.hidden.device) for one in (input_ids, attention_mask))
-    parts = [prefix.hidden[:shared].expand(rows, -1, -1)]
+    ids, mask = (to_device(one, device) for one in (input_ids, attention_mask))
+    cache, parts = DynamicCache(), []
+    if prefix is not None and shared:
+        cache = prefix.as_cache(rows, shared)
+        parts.append(prefix.hidden[:shared].expand(rows, -1, -1))
     for start, stop in ((shared, longest), (longest, longest if trim else total)):
         if start < stop:
             parts.append(_extend(model, cache, ids, mask, start, stop))

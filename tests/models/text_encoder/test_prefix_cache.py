@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sana.models.text_encoder import PromptEmbeds, TextEncoder
-from sana.models.text_encoder.prefix_cache import compute_prefix, supports_prefix
+from sana.models.text_encoder import PromptEmbeds, TextEncoder, base
+from sana.models.text_encoder.prefix_cache import MIN_TOKENS, compute_prefix, supports_prefix
 from tests.models.text_encoder.encoders import CHI, KINDS, PROMPTS, random_encoder, recorded_columns, whole
 
 SPECIAL = ["<bos> $A", "<bos> $A <eos>", "$A"]
@@ -118,7 +118,7 @@ def test_use_does_not_change_the_prefix() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_that_merges_across_the_boundary(kind: str) -> None:
-    encoder = random_encoder(kind, chi=["Enhance what the user asks for: a wh"])
+    encoder = random_encoder(kind, chi=[*CHI, "a wh"])
     assert 0 < shared_length(encoder, "ite cat") < chi_length(encoder)
     with recorded_columns(encoder) as calls:
         encoded = encoder.encode(["ite cat"], trim=True)
@@ -126,13 +126,26 @@ def test_a_token_that_merges_across_the_boundary(kind: str) -> None:
     assert_real_tokens_equal(encoded, whole(encoder, ["ite cat"]))
 
 
-def test_an_instruction_that_shares_no_token_with_the_text() -> None:
+def test_an_instruction_that_shares_no_token_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "MIN_TOKENS", 1)
     encoder = random_encoder(special="$A", chi=["hous"])
     assert shared_length(encoder, "e") == 0
     with recorded_columns(encoder) as calls:
         encoded = encoder.encode(["e"], trim=True)
-    assert calls[1:] == [(1, prompt_length(encoder, "e"))]
+    assert calls == [(1, chi_length(encoder)), (1, prompt_length(encoder, "e"))]
     assert_real_tokens_equal(encoded, whole(encoder, ["e"]))
+
+
+def test_a_short_instruction_gets_no_call_of_its_own() -> None:
+    encoder = random_encoder(chi=["Enhance: "])
+    assert 1 < chi_length(encoder) < MIN_TOKENS
+    with recorded_columns(encoder) as calls:
+        trimmed = encoder.encode(["a cat"], trim=True)
+        assert calls == [(1, prompt_length(encoder, "a cat"))]
+        full = encoder.encode(["a cat"])
+    assert_real_tokens_equal(trimmed, whole(encoder, ["a cat"]))
+    torch.testing.assert_close(full.embeds, whole(encoder, ["a cat"]).embeds, rtol=1e-5, atol=1e-5)
+    assert torch.equal(full.embeds[:, : trimmed.mask.shape[1]], trimmed.embeds)  # bit for bit
 
 
 @pytest.mark.parametrize("special", SPECIAL)
