@@ -11,18 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from sana.models.autoencoder.base import Autoencoder
-from sana.models.autoencoder.dc_ae_blocks import (
-    ChannelAverage,
-    ChannelDuplicate,
+from sana.models.autoencoder.dc_ae_blocks import build_block
+from sana.models.autoencoder.dc_ae_layers import (
     ConvLayer,
     OpSequential,
     ResidualBlock,
     build_act,
-    build_block,
-    build_downsample,
     build_norm,
+)
+from sana.models.autoencoder.dc_ae_resample import (
+    ChannelAverage,
+    ChannelDuplicate,
+    build_downsample,
     build_upsample,
 )
+from sana.ops.backend import choose
 
 DEFAULT_SCALING_FACTOR = 0.41407  # what the official code takes when a config names none
 
@@ -115,10 +118,12 @@ class Encoder(nn.Module):
         self.project_out = head
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.project_in(images)
+        inference = choose("auto", images) == "cpu"
+        x = self.project_in(channels_last(images) if inference else images)
         for stage in self.stages:
             x = stage(x)
-        return self.project_out(x)
+        x = self.project_out(x)
+        return x.contiguous() if inference else x
 
 
 class Decoder(nn.Module):
@@ -158,10 +163,17 @@ class Decoder(nn.Module):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.project_in(latents)
+        inference = choose("auto", latents) == "cpu"
+        x = self.project_in(channels_last(latents) if inference else latents)
         for stage in reversed(self.stages):
             x = stage(x)
-        return self.project_out(x)
+        x = self.project_out(x)
+        return x.contiguous() if inference else x
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` with its channels last in memory, the layout in which convolutions on a CPU are fast."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class DCAE(Autoencoder):

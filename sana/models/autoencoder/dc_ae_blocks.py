@@ -1,6 +1,6 @@
-"""Layers of the deep-compression autoencoder: convolutions, RMS norm, residual and EfficientViT blocks, resampling.
+"""Blocks of the deep-compression autoencoder: residual convolutions, and EfficientViT's attention and Mix-FFN.
 
-Whole encoders and decoders, configs and checkpoints are not here (`dc_ae.py`, `dc_ae_keys.py`, `loading.py`).
+Layers are in `dc_ae_layers.py`, changes of resolution in `dc_ae_resample.py`, whole networks in `dc_ae.py`.
 Attribute names follow mit-han-lab/efficientvit, because they are the state-dict keys of the released checkpoints.
 """
 
@@ -8,160 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-NORM_EPS = 1e-5
+from sana.models.autoencoder.dc_ae_layers import ConvLayer, ResidualBlock, at_least_fp32, build_act, without_autocast
+from sana.ops import mix_ffn
+from sana.ops.backend import choose
+from sana.ops.mix_ffn.reference import to_image
+
 ATTENTION_EPS = 1e-15
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """16-bit tensors as fp32; wider ones unchanged."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Turns autocast off for the device of `x`, where it knows autocast (the meta device does not)."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """y = w * x / sqrt(mean_c(x^2) + eps) + b with the gradients written out.
-
-    Sums over channels are matrix products, which avoids slow strided reductions on a CPU: about 2.5 times faster in
-    training than autograd through the formula, without permuting to channels-last.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        with without_autocast(x):
-            wide = at_least_fp32(x)  # squares overflow in fp16
-            mean = wide.new_full((1, x.shape[1]), 1 / x.shape[1])
-            mean_square = torch.matmul(mean, wide.square().flatten(2))  # (B, 1, H * W)
-            scale = torch.rsqrt(mean_square + eps).view(x.shape[0], 1, *x.shape[2:])
-            y = torch.addcmul(bias.to(wide.dtype).view(-1, 1, 1), wide * scale, weight.to(wide.dtype).view(-1, 1, 1))
-        ctx.save_for_backward(x, weight, scale)
-        return y.to(torch.promote_types(x.dtype, weight.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last  # mixed layouts are slow
-        with without_autocast(x):
-            grad = at_least_fp32(grad).contiguous(memory_format=layout)
-            normed, wide = x * scale, at_least_fp32(weight)
-            product = grad * normed
-            grad_weight, grad_bias = product.sum((0, 2, 3)), grad.sum((0, 2, 3))
-            mean = torch.matmul(wide.view(1, -1) / x.shape[1], product.flatten(2)).view_as(scale)
-            grad_x = torch.addcmul(grad * wide.view(-1, 1, 1), normed, mean, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
-
-
-class RMSNorm2d(nn.Module):
-    """RMS norm over the channels of a (B, C, H, W) map, with weight and bias (efficientvit `rms2d`/`trms2d`).
-
-    Args:
-        channels: C.
-        eps: added to the mean square, in fp32.
-    """
-
-    def __init__(self, channels: int, eps: float = NORM_EPS) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return RMSNormFunction.apply(x, self.weight, self.bias, self.eps)
-
-
-def build_norm(name: str | None, channels: int) -> nn.Module | None:
-    """`trms2d`/`rms2d` (RMS norm over channels), `bn2d` (batch norm) or None.
-
-    Raises:
-        ValueError: for another name.
-    """
-    if name is None:
-        return None
-    if name in ("trms2d", "rms2d"):
-        return RMSNorm2d(channels)
-    if name == "bn2d":
-        return nn.BatchNorm2d(channels, eps=NORM_EPS)
-    raise ValueError(f"unknown norm {name!r}: allowed are 'trms2d', 'rms2d', 'bn2d' and None")
-
-
-def build_act(name: str | None) -> nn.Module | None:
-    """`relu`, `silu`, `gelu` or None.
-
-    Raises:
-        ValueError: for another name.
-    """
-    if name is None:
-        return None
-    activations = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
-    if name not in activations:
-        raise ValueError(f"unknown activation {name!r}: allowed are {', '.join(activations)} and None")
-    return activations[name]()
-
-
-class ConvLayer(nn.Module):
-    """Same-size (or strided) convolution, then an optional norm, then an optional activation."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        bias: bool = True,
-        norm: str | None = None,
-        act: str | None = None,
-    ) -> None:
-        super().__init__()
-        padding = kernel_size // 2
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
-        self.norm = build_norm(norm, out_channels)
-        self.act = build_act(act)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        return x if self.act is None else self.act(x)
-
-
-class OpSequential(nn.Module):
-    """`nn.Sequential` whose children live under `op_list` and which drops None entries."""
-
-    def __init__(self, ops: Sequence[nn.Module | None]) -> None:
-        super().__init__()
-        self.op_list = nn.ModuleList(op for op in ops if op is not None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for op in self.op_list:
-            x = op(x)
-        return x
-
-
-class ResidualBlock(nn.Module):
-    """`main(x) + shortcut(x)`; a shortcut of None is the identity."""
-
-    def __init__(self, main: nn.Module, shortcut: nn.Module | None = None) -> None:
-        super().__init__()
-        self.main = main
-        self.shortcut = shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.main(x) + (x if self.shortcut is None else self.shortcut(x))
 
 
 class ResBlock(nn.Module):
@@ -207,13 +64,36 @@ class LiteMLA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
+        batch, _, height, width = qkv.shape
+        if batch == 1 and height * width > self.head_dim and x.dtype == torch.float32 and choose("auto", x) == "cpu":
+            return self.proj(self._attend_on_cpu(qkv))
         if len(self.aggreg):
             qkv = torch.cat([qkv, *(op(qkv) for op in self.aggreg)], dim=1)
-        batch, _, height, width = qkv.shape
         heads = qkv.reshape(batch, -1, 3 * self.head_dim, height * width)  # (B, h, 3d, N)
         query, key, value = heads.split(self.head_dim, dim=2)
         out = relu_attention(F.relu(query), F.relu(key), value)
         return self.proj(out.reshape(batch, -1, height, width))
+
+    def _attend_on_cpu(self, qkv: Tensor) -> Tensor:
+        """The same with channels last in memory: heads are cut and joined by strides, and nothing is transposed."""
+        _, channels, height, width = qkv.shape
+        tokens, parts, size = height * width, channels // self.head_dim, self.head_dim
+
+        def split(x: Tensor) -> Tensor:  # (1, 3C, H, W) -> (3h, N, d)
+            return x.permute(0, 2, 3, 1).reshape(tokens, parts, size).transpose(0, 1)
+
+        scales = [split(qkv)]
+        for depthwise, grouped in self.aggreg:
+            weight = grouped.weight.view(parts, size, size).transpose(1, 2)
+            scales.append(torch.bmm(split(depthwise(qkv)), weight))
+        out = qkv.new_empty(tokens, len(scales), parts // 3, size)
+        for i, heads in enumerate(scales):
+            query, key, value = heads.unflatten(0, (-1, 3)).unbind(1)  # (h, N, d)
+            query, key = query.relu(), key.relu()
+            key_value, total = torch.bmm(key.transpose(1, 2), value), key.sum(dim=1).unsqueeze(2)
+            divisor = torch.bmm(query, total).add_(ATTENTION_EPS)
+            torch.div(torch.bmm(query, key_value), divisor, out=out[:, i].transpose(0, 1))
+        return out.view(1, height, width, -1).permute(0, 3, 1, 2)
 
 
 def relu_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -244,14 +124,21 @@ class GLUMBConv(nn.Module):
     def __init__(self, channels: int, *, norm: str | None, act: str | None, expand_ratio: int = 4) -> None:
         super().__init__()
         hidden = channels * expand_ratio
+        self.backend = "auto"
         self.inverted_conv = ConvLayer(channels, 2 * hidden, 1, act=act)
         self.depth_conv = ConvLayer(2 * hidden, 2 * hidden, 3, groups=2 * hidden)
         self.glu_act = build_act(act) or nn.Identity()
         self.point_conv = ConvLayer(hidden, channels, 1, bias=False, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.depth_conv(self.inverted_conv(x)).chunk(2, dim=1)
-        return self.point_conv(value * self.glu_act(gate))
+        fused = type(self.glu_act) is nn.SiLU and choose(self.backend, x) != "reference"
+        if not fused:
+            value, gate = self.depth_conv(self.inverted_conv(x)).chunk(2, dim=1)
+            return self.point_conv(value * self.glu_act(gate))
+        grid, convolutions = x.shape[2:], (self.inverted_conv.conv, self.depth_conv.conv, self.point_conv.conv)
+        weights = [(conv.weight, conv.bias) for conv in convolutions]
+        out = to_image(mix_ffn(x.flatten(2).transpose(1, 2), grid, *weights, backend=self.backend), grid)
+        return out if self.point_conv.norm is None else self.point_conv.norm(out, inplace=True)
 
 
 class EfficientViTBlock(nn.Module):
@@ -266,75 +153,6 @@ class EfficientViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.local_module(self.context_module(x))
-
-
-class PixelUnshuffleDownsample(nn.Module):
-    """3x3 convolution to out_channels / 4, then space to depth by 2."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        if out_channels % 4:
-            raise ValueError(f"ConvPixelUnshuffle needs a width divisible by 4, got {out_channels}")
-        self.conv = ConvLayer(in_channels, out_channels // 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(self.conv(x), 2)
-
-
-class PixelShuffleUpsample(nn.Module):
-    """3x3 convolution to out_channels * 4, then depth to space by 2."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = ConvLayer(in_channels, out_channels * 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv(x), 2)
-
-
-class InterpolateUpsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = ConvLayer(in_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-class ChannelAverage(nn.Module):
-    """Shortcut without parameters: space to depth by `factor`, then the mean over equal channel groups."""
-
-    def __init__(self, in_channels: int, out_channels: int, factor: int) -> None:
-        super().__init__()
-        if in_channels * factor**2 % out_channels:
-            raise ValueError(
-                f"the averaging shortcut needs {in_channels} * {factor}^2 channels divisible by {out_channels}"
-            )
-        self.factor = factor
-        self.group = in_channels * factor**2 // out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pixel_unshuffle(x, self.factor) if self.factor > 1 else x
-        return x.unflatten(1, (-1, self.group)).mean(dim=2) if self.group > 1 else x
-
-
-class ChannelDuplicate(nn.Module):
-    """Shortcut without parameters: repeat every channel, then depth to space by `factor`."""
-
-    def __init__(self, in_channels: int, out_channels: int, factor: int) -> None:
-        super().__init__()
-        if out_channels * factor**2 % in_channels:
-            raise ValueError(
-                f"the duplicating shortcut needs {out_channels} * {factor}^2 channels divisible by {in_channels}"
-            )
-        self.factor = factor
-        self.repeats = out_channels * factor**2 // in_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.repeat_interleave(self.repeats, dim=1) if self.repeats > 1 else x
-        return F.pixel_shuffle(x, self.factor) if self.factor > 1 else x
 
 
 def attention_scales(block_type: str) -> tuple[int, ...]:
@@ -359,21 +177,3 @@ def build_block(block_type: str, channels: int, *, head_dim: int, norm: str | No
         return ResidualBlock(ResBlock(channels, norm=norm, act=act))
     scales = attention_scales(block_type)
     return EfficientViTBlock(channels, head_dim=head_dim, scales=scales, norm=norm, act=act)
-
-
-def build_downsample(name: str, in_channels: int, out_channels: int, *, shortcut: bool) -> nn.Module:
-    """Halves the size: `Conv` (stride 2) or `ConvPixelUnshuffle`, with the averaging shortcut if asked."""
-    layers = {"Conv": lambda i, o: ConvLayer(i, o, stride=2), "ConvPixelUnshuffle": PixelUnshuffleDownsample}
-    if name not in layers:
-        raise ValueError(f"unknown downsample block {name!r}: allowed are {', '.join(layers)}")
-    main = layers[name](in_channels, out_channels)
-    return ResidualBlock(main, ChannelAverage(in_channels, out_channels, 2)) if shortcut else main
-
-
-def build_upsample(name: str, in_channels: int, out_channels: int, *, shortcut: bool) -> nn.Module:
-    """Doubles the size: `InterpolateConv` or `ConvPixelShuffle`, with the duplicating shortcut if asked."""
-    layers = {"InterpolateConv": InterpolateUpsample, "ConvPixelShuffle": PixelShuffleUpsample}
-    if name not in layers:
-        raise ValueError(f"unknown upsample block {name!r}: allowed are {', '.join(layers)}")
-    main = layers[name](in_channels, out_channels)
-    return ResidualBlock(main, ChannelDuplicate(in_channels, out_channels, 2)) if shortcut else main

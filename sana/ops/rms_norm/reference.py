@@ -1,8 +1,12 @@
 """Root-mean-square normalisation in plain PyTorch with float32 accumulation. The owner of the weight is not here."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "silu": F.silu, "relu": F.relu}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype)
 
 
-def rms_norm_2d(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def rms_norm_2d(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str | None = None) -> Tensor:
     """Scales the channel axis of an image tensor to unit root mean square at every pixel, then applies weight and bias.
 
     Args:
@@ -29,6 +33,7 @@ def rms_norm_2d(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
         weight: (C,), or None for no scaling.
         bias: (C,), or None for no shift.
         eps: added to the mean square.
+        act: None, "silu" or "relu", last and in the wide dtype too.
 
     Returns:
         (B, C, H, W), dtype and memory format of `x`.
@@ -36,7 +41,18 @@ def rms_norm_2d(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + eps)
     if weight is not None:
-        normed = normed * weight.float().view(1, -1, 1, 1)
+        normed = normed * weight.to(wide.dtype).view(1, -1, 1, 1)
     if bias is not None:
-        normed = normed + bias.float().view(1, -1, 1, 1)
-    return normed.to(x.dtype)
+        normed = normed + bias.to(wide.dtype).view(1, -1, 1, 1)
+    return activate(normed, act).to(x.dtype)
+
+
+def activate(x: Tensor, act: str | None) -> Tensor:
+    """Applies the activation that an operator takes by name: None, "silu" or "relu".
+
+    Raises:
+        ValueError: for another name.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be None, 'silu' or 'relu', not {act!r}.")
+    return ACTIVATIONS[act](x)

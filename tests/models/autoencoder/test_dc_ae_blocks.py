@@ -3,18 +3,9 @@
 import pytest
 import torch
 
-from sana.models.autoencoder.dc_ae_blocks import (
-    ChannelAverage,
-    ChannelDuplicate,
-    LiteMLA,
-    RMSNorm2d,
-    attention_scales,
-    build_block,
-    build_downsample,
-    build_norm,
-    build_upsample,
-    relu_attention,
-)
+from sana.models.autoencoder.dc_ae_blocks import LiteMLA, attention_scales, build_block, relu_attention
+from sana.models.autoencoder.dc_ae_layers import RMSNorm2d, build_norm
+from sana.models.autoencoder.dc_ae_resample import ChannelAverage, ChannelDuplicate, build_downsample, build_upsample
 from tests.tolerance import assert_rms_close
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
