@@ -141,7 +141,14 @@ class GraphCache:
             self.clear()
         logger.info("Capturing %s: only the first call of its kind does.", label)
         start = time.perf_counter()
-        recording = self._recorder.record(function, inputs)
+        try:
+            recording = self._recorder.record(function, inputs)
+        except torch.OutOfMemoryError:
+            if not self._recordings:
+                raise
+            logger.info("Not enough memory is left; the %d captured graphs are dropped.", len(self))
+            self.clear()
+            recording = self._recorder.record(function, inputs)
         if self._recordings and self._too_large():
             logger.info("The graphs hold %.0f MiB, more than their limit; they are dropped.", self.bytes / MIB)
             recording.release()
@@ -194,6 +201,7 @@ class CudaRecording:
     def release(self) -> None:
         torch.cuda.synchronize(self.output.device)
         self._graph.reset()
+        self.inputs, self.output = {}, torch.empty(0)  # the pool's memory is free only without its last tensor
 
 
 class CudaRecorder:

@@ -49,10 +49,13 @@ class StandInRecorder:
         self.pool_is_dead = False
         self.inside = 0
         self.fail: str | None = None
+        self.room = 1000  # number of graphs for which there is memory
         self._guard = threading.Lock()
 
     def record(self, function: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> StandInRecording:
         assert not self.pool_is_dead, "the pool's last graph is gone and it was not retired"
+        if self.live >= self.room:
+            raise torch.OutOfMemoryError("no memory")
         if self.fail:
             raise CaptureError(self.fail)
         buffers = {name: torch.empty(value.shape, dtype=value.dtype).copy_(value) for name, value in inputs.items()}

@@ -119,6 +119,20 @@ def test_a_failed_capture_leaves_the_other_graphs():
     assert len(recorder.recordings) == 2
 
 
+def test_out_of_memory_drops_the_other_graphs_before_it_is_an_error():
+    recorder = StandInRecorder()
+    cache = GraphCache(4, recorder)
+    for key in "ab":
+        cache.call(key, double, pair(2))
+    recorder.room, inputs = 1, pair(2)
+    assert torch.equal(cache.call("c", double, inputs), double(**inputs))
+    assert len(cache) == recorder.live == 1
+    recorder.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.call("d", double, inputs)
+    assert len(cache) == recorder.live == 0
+
+
 def test_clear_gives_everything_back():
     recorder = StandInRecorder(graph_bytes=7)
     cache = GraphCache(4, recorder)
@@ -315,7 +329,9 @@ def test_a_function_that_waits_for_the_host_is_refused_before_the_capture(cuda, 
 
 def test_a_capture_that_breaks_off_is_ended_and_leaves_its_pool(cuda, recorder):
     cuda.fail_end = True
-    with pytest.raises(CaptureError, match="failed: CUDA error: operation failed due to a previous error during capture$"):
+    with pytest.raises(
+        CaptureError, match="failed: CUDA error: operation failed due to a previous error during capture$"
+    ):
         recorder.record(lambda x: x, {"x": torch.ones(2)})
     assert cuda.ended_pools == [("pool", 1)]
     assert cuda.current is cuda.main, "the caller's stream is current again"
