@@ -1,4 +1,4 @@
-"""Steps asked for before the one before is known to be good, as on a CUDA device: same weights, same guard, no waiting."""
+"""Steps asked for before the last one is known to be good, as on a CUDA device: same weights, same guard, no waiting."""
 
 import json
 from dataclasses import replace
@@ -58,7 +58,8 @@ def assert_equal(first, second):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_running_ahead_changes_no_bit_also_over_steps_that_are_skipped(image_options, tmp_path, name):
     options = [
-        *image_options, "--train.extra.max_steps=7", "--train.save_model_steps=4", "--train.gradient_accumulation_steps=1",
+        *image_options, "--train.extra.max_steps=7", "--train.save_model_steps=4",
+        "--train.gradient_accumulation_steps=1",
         f"--train.optimizer={{type: {name}, lr: 1.0e-3, weight_decay: 0.1}}", "--train.lr_schedule=cosine",
         "--train.lr_schedule_args={num_warmup_steps: 3}",
     ]  # fmt: skip
