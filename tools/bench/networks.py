@@ -21,6 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_TOKENS, REAL_TOKENS = 300, 60
 CUT_TOKENS = 64  # the real ones, up to a multiple of 64
 STEPS = 20
+FEED_FORWARD_GAIN = 64  # with which attention, cross-attention and Mix-FFN change the result about equally
 
 
 def require_diffusers() -> None:
@@ -59,6 +60,10 @@ def random_transformer(arguments: dict[str, Any], device: str, dtype: torch.dtyp
                 nn.init.normal_(parameter, std=0.3)
             elif name == "attention_y_norm.weight":
                 nn.init.ones_(parameter)
+            elif name.endswith("point_conv.conv.weight"):
+                parameter.data.mul_(FEED_FORWARD_GAIN)
+            elif name == "final_layer.linear.weight":
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.02)
     model = model.to(dtype).eval().requires_grad_(False)

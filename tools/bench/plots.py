@@ -70,7 +70,7 @@ def _targets(axes: Any, report: Report) -> None:
         goal, size = answer.target.ratio, f"{answer.value:.2f}x, {answer.status}"
         axes.plot([goal, goal], [place - 0.42, place + 0.42], color=THEIRS, linewidth=2.5)
         axes.text(max(answer.value, goal), place, f"  {size}", va="center", color=INK, fontsize=9)
-    axes.set_yticks(places, [_wrapped(f"{answer.target.work} | {answer.target.against}") for answer in shown])
+    axes.set_yticks(places, [f"{_wrapped(answer.target.work)}\nagainst {answer.target.against}" for answer in shown])
     axes.invert_yaxis()
     axes.axvline(1.0, color=INK, linewidth=0.8)
     axes.set_xlim(0, 1.45 * max(max(answer.value, answer.target.ratio) for answer in shown))
@@ -100,7 +100,7 @@ def _scaling(axes: Any, report: Report) -> None:
 
 def _operators(axes: Any, report: Report) -> None:
     """How much of the device's limit every form of every operator reaches."""
-    axes.set_title("Operators: share of the roofline (data of the first shape)", loc="left", color=INK)
+    axes.set_title("Operators: share of the roofline (first shape of each)", loc="left", color=INK)
     seen: dict[str, CaseResult] = {}
     for case in report.cases:
         if case.part == "operators" and case.status == "measured":
