@@ -31,7 +31,7 @@ def attention_specs(dtype: str, head_dim: int, norm: bool) -> list[Spec]:
             f"linear_attention.{kernel.__name__} {dtype} d{head_dim}{' norm' if norm else ''}",
             kernel,
             {name: types[name] for name in kernel.arg_names if name not in constexprs},
-            constexprs,
+            constexprs | ({"ROWS": tiles.grad_rows} if kernel is backward.query_grad_kernel else {}),
             num_warps=tiles.num_warps,
         )
         for kernel in kernels
@@ -46,12 +46,14 @@ def row_specs(dtype: str) -> list[Spec]:
         name: sizes[name] for name in ("images", "tokens", "width", "stride_image", "stride_token")
     }
     norm = {"qkv": tensor, "grad_qkv": tensor, "q_weight": FLOAT, "k_weight": FLOAT, "scale": FLOAT, "parts": FLOAT}
-    norm |= {"total": "i32", "rows": "i32"} | {
+    norm |= {"total": "i32", "chunk": "i32"} | {
         name: sizes[name] for name in ("tokens", "width", "stride_image", "stride_token")
     }
     return [
         Spec(f"linear_attention.rms_kernel {dtype}", forward.rms_kernel, rms, {"ROWS": 4, "BLOCK": 1024}),
-        Spec(f"linear_attention.norm_grad_kernel {dtype}", backward.norm_grad_kernel, norm, {"BLOCK": 4096}, 8),
+        Spec(
+            f"linear_attention.norm_grad_kernel {dtype}", backward.norm_grad_kernel, norm, {"ROWS": 2, "BLOCK": 4096}, 8
+        ),
     ]
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sana.ops import relu_linear_attention
+from sana.ops.linear_attention.reference import linear_attention_reference
 from tests.tolerance import assert_rms_close
 
 
@@ -48,3 +49,24 @@ def test_16_bit_inputs_are_divided_in_float32(dtype: torch.dtype) -> None:
 def test_every_output_is_written(nan_memory: None) -> None:
     query, key, value = (tensor.detach() for tensor in draw((2, 2, 9, 4), torch.float32))
     assert torch.isfinite(relu_linear_attention(query, key, value)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_packed_form_norms_all_heads_and_keeps_their_order(dtype: torch.dtype) -> None:
+    heads, dim = 3, 4
+    qkv = torch.randn(2, 7, 3 * heads * dim).to(dtype)
+    weights = [1 + torch.randn(heads * dim) / 4 for _ in range(2)]
+    out = linear_attention_reference(qkv, heads, q_weight=weights[0], k_weight=weights[1], norm_eps=1e-3)
+    query, key, value = qkv.double().split(heads * dim, dim=-1)
+    query, key = (
+        tensor / (tensor.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
+        for tensor, weight in zip((query, key), weights, strict=True)
+    )
+    assert out.dtype == dtype
+    for head in range(heads):
+        columns = slice(head * dim, (head + 1) * dim)
+        expected = quadratic(query[..., columns], key[..., columns], value[..., columns], 1e-8)
+        assert_rms_close(out[..., columns], expected, what=f"head {head}")
+    plain = linear_attention_reference(qkv[..., : 3 * dim], 1)
+    expected = quadratic(*qkv[..., : 3 * dim].double().split(dim, dim=-1), 1e-8)
+    assert_rms_close(plain, expected, what="without norms")

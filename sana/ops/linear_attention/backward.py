@@ -8,10 +8,13 @@ With M = sum relu(k)^T v, S = sum relu(k), r = 1 / (relu(q) . S + eps) and g the
     dk = v dM^T + dS      where k > 0     dv = relu(k) dM
 
 Nothing but qkv, M, S and the row scales is kept from the forward. `query_grad_kernel` reads q and g and writes dq and a
-partial (dM, dS) for every chunk; `reduce_kernel` adds these in order; `key_value_grad_kernel` reads k and v and writes dk
-and dv. That is 4 reads and 3 writes of h * d elements a token, the least there can be. Norms add one more kernel,
+partial (dM, dS) for every chunk; `reduce_kernel` adds these in order; `key_value_grad_kernel` reads k and v and writes
+dk and dv. That is 4 reads and 3 writes of h * d elements a token, the least there can be. Norms add one more kernel,
 `norm_grad_kernel`, that turns the gradients of the normed rows into those of the rows in place (4 reads, 2 writes) and
 adds up the gradients of both weights by blocks of rows. No atomics: two runs give the same bits.
+
+r reaches 1 / eps for a query without a positive entry. In the sums it multiplies relu(q), never g, so that it meets
+zeros only; dq is then selected, not multiplied, to be 0.
 """
 
 import torch
@@ -27,6 +30,7 @@ from sana.ops.linear_attention.forward import (
     locate,
     reduce_chunks,
     relu,
+    rows_at_once,
     store_state,
     tile,
 )
@@ -53,7 +57,7 @@ def query_grad_kernel(
     transposed = tl.trans(matrix)
     grad_matrix = tl.zeros((HEAD, HEAD), tl.float32)
     grad_vector = tl.zeros((HEAD,), tl.float32)
-    for start in range(0, chunk, ROWS):
+    for start in range(0, tl.minimum(chunk, left).to(tl.int32), ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = (rows[:, None] < left) & (columns[None, :] < D)
         offsets = tile(rows, stride_token, columns)
@@ -97,46 +101,49 @@ def key_value_grad_kernel(
 
 @triton.jit
 def norm_grad_kernel(
-    qkv, q_weight, k_weight, scale, grad_qkv, parts, total, tokens, width, rows, stride_image, stride_token,
-    BLOCK: tl.constexpr,
+    qkv, q_weight, k_weight, scale, grad_qkv, parts, total, tokens, width, chunk, stride_image, stride_token,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turns gradients of normed queries (second program axis 0) or keys (1) into those of the rows, in place.
 
-    parts[which, program] is the sum of this program's gradients of the weight.
+    The rows of all images count through. parts[which, program] is the sum of this program's gradients of the weight.
     """
     which = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     weight = k_weight if which == 1 else q_weight
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    grad_weight = tl.zeros((BLOCK,), tl.float32)
-    for step in range(0, rows):
-        row = tl.program_id(0).to(tl.int64) * rows + step
-        mask = inside & (row < total)
-        source = qkv + row // tokens * stride_image + row % tokens * stride_token + which * width + columns
-        target = grad_qkv + row * 3 * width + which * width + columns
-        x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, chunk, ROWS):
+        rows = tl.program_id(0).to(tl.int64) * chunk + start + tl.arange(0, ROWS)
+        mask = (rows[:, None] < total) & inside[None, :]
+        offsets = rows // tokens * stride_image + rows % tokens * stride_token + which * width
+        target = grad_qkv + tile(rows * 3 + which, width, columns)
+        x = tl.load(qkv + tile(offsets, 1, columns), mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-        row_scale = tl.load(scale + which.to(tl.int64) * total + row, mask=row < total, other=0.0)
+        row_scale = tl.load(scale + which.to(tl.int64) * total + rows, mask=rows < total, other=0.0)[:, None]
         normed = x * row_scale
         grad_weight += grad * normed
         grad *= w
-        grad = (grad - normed * (tl.sum(grad * normed, 0) / width)) * row_scale
+        along = tl.sum(grad * normed, 1) / width
+        grad = (grad - normed * along[:, None]) * row_scale
         tl.store(target, grad.to(grad_qkv.dtype.element_ty), mask=mask)
-    tl.store(parts + (which * tl.num_programs(0) + tl.program_id(0)) * width + columns, grad_weight, mask=inside)
+    part = which * tl.num_programs(0) + tl.program_id(0)
+    tl.store(parts + part * width + columns, tl.sum(grad_weight, 0), mask=inside)
 
 
 def norm_gradients(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, scale: Tensor, grad_qkv: Tensor) -> Tensor:
     """Applies the norms' backward to `grad_qkv` in place and returns the gradients of both weights, (2, h * d)."""
     images, tokens, packed = qkv.shape
     width, total = packed // 3, images * tokens
-    rows = triton.cdiv(total, min(MAX_NORM_PROGRAMS, triton.cdiv(total, 4)))
-    programs = triton.cdiv(total, rows)
-    parts = scale.new_empty((2, programs, width))
     block = triton.next_power_of_2(width)
+    rows = rows_at_once(block, 8192)
+    chunk = triton.cdiv(triton.cdiv(total, MAX_NORM_PROGRAMS), rows) * rows
+    programs = triton.cdiv(total, chunk)
+    parts = scale.new_empty((2, programs, width))
     norm_grad_kernel[(programs, 2)](
-        qkv, q_weight, k_weight, scale, grad_qkv, parts, total, tokens, width, rows, qkv.stride(0), qkv.stride(1),
-        BLOCK=block, num_warps=8 if block > 1024 else 4,
+        qkv, q_weight, k_weight, scale, grad_qkv, parts, total, tokens, width, chunk, qkv.stride(0), qkv.stride(1),
+        ROWS=rows, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return parts.sum(dim=1)
 
@@ -168,7 +175,7 @@ def launch_backward(
     strides = qkv.stride(0), qkv.stride(1)
     query_grad_kernel[(images * chunks * num_heads,)](
         qkv, grad, q_weight if normed else qkv, scale, sums, grad_qkv, parts, tokens, num_heads, chunk, chunks,
-        *strides, grad.stride(0), grad.stride(1), eps, **shape, num_warps=tiles.num_warps,
+        *strides, grad.stride(0), grad.stride(1), eps, **shape | {"ROWS": tiles.grad_rows}, num_warps=tiles.num_warps,
     )  # fmt: skip
     key_value_grad_kernel[(images * triton.cdiv(tokens, tiles.rows) * num_heads,)](
         qkv, k_weight if normed else qkv, scale, reduce_chunks(parts), grad_qkv, images, tokens, num_heads, *strides,

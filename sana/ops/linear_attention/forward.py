@@ -1,4 +1,4 @@
-"""Triton forward kernels of ReLU linear attention and their launcher. Input checks, autograd and gradients are not here.
+"""Triton forward kernels of ReLU linear attention and their launcher. Checks, autograd and gradients are not here.
 
 1. `sums_kernel`: every chunk of tokens of every head adds up relu(k)^T v and relu(k) in float32;
 2. `reduce_kernel`: adds the chunks, always in the same order (left out where there is one chunk);
@@ -10,13 +10,13 @@ Bytes that must move, per token, with D = h * d and s bytes an element (bounds, 
 
 | pass | reads | writes |
 |---|---|---|
-| sums | 2 s D (k, v) | chunks * h * (d + 1) * d * 4 / N, at most one eighth of the reads for d = 32 in 16 bits |
+| sums | 2 s D (k, v) | 4 (d + 1) D chunks / N, later read again: 13 % of 2 s D for d = 32 in 16 bits, if N >= 256 |
 | output | s D (q) | s D |
 | rms, if asked for | 2 s D (q, k) | 8 |
 | backward, see `backward.py` | 4 s D | 3 s D |
 
-So the forward moves 4 s D a token: 9.2 kB at D = 1152 in bfloat16. It needs 4 d FLOPs an element of q, 16 FLOPs a byte at
-d = 32: bandwidth is the limit up to d = 64 or so.
+So the forward moves 4 s D a token, 9.2 kB at D = 1152 in bfloat16, and the backward 7 s D. The forward needs 4 d FLOPs
+an element of q, which is 16 FLOPs a byte at d = 32 in 16 bits: bandwidth is the limit.
 
 How tokens are cut into chunks depends on N alone, so an image's result does not depend on the batch it is in.
 """
@@ -39,12 +39,14 @@ class Tiles:
     Args:
         head: head dim rounded up to a power of two.
         rows: tokens in one block; divides MIN_CHUNK.
+        grad_rows: the same in `query_grad_kernel`, which holds more in registers.
         precision: of products with float32 operands, "tf32" or "ieee".
         num_warps: as launched.
     """
 
     head: int
     rows: int
+    grad_rows: int
     precision: str
     num_warps: int
 
@@ -52,14 +54,15 @@ class Tiles:
 def choose_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Returns the block sizes for a head dim (at most 128) and a dtype.
 
-    Products of two 16-bit tensors keep their dtype. Those with a float32 sum use tf32, which has float16's precision and
-    float32's range; for float32 tensors they are exact.
+    Products of two 16-bit tensors keep their dtype. Those with a float32 sum use tf32, which has float16's precision
+    and float32's range; for float32 tensors they are exact.
     """
     head = max(16, triton.next_power_of_2(head_dim))
     rows = {128: 32, 64: 64}.get(head, 128)
+    num_warps = 8 if head == 128 else 4
     if dtype == torch.float32:
-        return Tiles(head, rows // 2, "ieee", 8 if head == 128 else 4)
-    return Tiles(head, rows, "tf32", 8 if head == 128 else 4)
+        return Tiles(head, max(32, rows // 2), max(16, rows // 4), "ieee", num_warps)
+    return Tiles(head, rows, min(64, rows), "tf32", num_warps)
 
 
 def chunk_rows(tokens: int) -> int:
@@ -154,7 +157,7 @@ def sums_kernel(
     key_scale = scale + (images + image) * tokens + first
     matrix = tl.zeros((HEAD, HEAD), tl.float32)
     vector = tl.zeros((HEAD,), tl.float32)
-    for start in range(0, chunk, ROWS):
+    for start in range(0, tl.minimum(chunk, left).to(tl.int32), ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = (rows[:, None] < left) & (columns[None, :] < D)
         offsets = tile(rows, stride_token, columns)
@@ -174,7 +177,7 @@ def reduce_kernel(parts, sums, size, chunks, BLOCK: tl.constexpr):
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     base = parts + image * chunks * size + columns
     total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, chunks):
+    for _ in range(chunks):
         total += tl.load(base, mask=columns < size, other=0.0)
         base += size
     tl.store(sums + image * size + columns, total, mask=columns < size)
@@ -203,11 +206,17 @@ def output_kernel(
     tl.store(target, (numerator / denominator[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
+def rows_at_once(block: int, elements: int) -> int:
+    """Returns how many rows of `block` elements one program holds so that it holds at most `elements`, 1 to 32."""
+    return max(1, min(32, elements // block))
+
+
 def row_scales(qkv: Tensor, eps: float) -> Tensor:
     """Returns 1 / RMS of every row of q and of k over all heads, (2, B, N) float32."""
     images, tokens, packed = qkv.shape
     scale = qkv.new_empty((2, images, tokens), dtype=torch.float32)
-    rows, block = 4, min(1024, triton.next_power_of_2(packed // 3))
+    block = min(1024, triton.next_power_of_2(packed // 3))
+    rows = rows_at_once(block, 4096)
     rms_kernel[(images * triton.cdiv(tokens, rows), 2)](
         qkv, scale, images, tokens, packed // 3, qkv.stride(0), qkv.stride(1), eps, ROWS=rows, BLOCK=block
     )
