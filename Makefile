@@ -15,6 +15,7 @@ DCAE_STEPS ?= 1100
 STEPS ?= 8400
 TINY ?= output/tiny
 TINY_OPTIONS ?=
+BENCH ?=
 DCAE_OPTIONS ?=
 RUN := PATH="$(dir $(abspath $(shell command -v $(PYTHON) || echo $(PYTHON)))):$$PATH"
 
@@ -26,7 +27,7 @@ help:
 	@echo "make test-slow   the tests that take minutes: runs that are killed, whole example runs"
 	@echo "make lint        ruff, its formatter, and mypy"
 	@echo "make train-tiny  train the bundled model anew (steps: DCAE_STEPS=$(DCAE_STEPS), STEPS=$(STEPS); SEED=$(SEED))"
-	@echo "make bench       time and memory of the bundled model"
+	@echo "make bench       speed of this machine against diffusers, with tables and plots (BENCH='--suite quick')"
 
 ready:
 	@$(SETUP)
@@ -61,4 +62,4 @@ train-tiny: ready
 	@echo "the model: $(TINY)/sana/model; its score: $(PYTHON) tools/score_scenes.py --model $(TINY)/sana/model"
 
 bench: ready
-	HF_HUB_OFFLINE=1 $(PYTHON) tools/benchmark.py
+	HF_HUB_OFFLINE=1 $(PYTHON) -m tools.bench $(BENCH)

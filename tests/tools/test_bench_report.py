@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.tools.bench_reports import full_report, timing
 from tools.bench import environment, plots, report, roofline, suites
+from tools.bench.networks import forward_flops
 from tools.bench.results import CaseResult, Check, Report, quartiles
 from tools.bench.targets import MISSED, REACHED, TARGETS, UNMEASURED, answers
 
@@ -144,7 +145,12 @@ def test_machines_have_names_for_files():
     amd = {"name": "AMD EPYC", "vendor": "AuthenticAMD", "family": 26, "model": 2}
     assert environment.slug(amd, 2) == "amd-zen5-2-cores"
     assert environment.slug(amd | {"family": 25, "model": 17}, 1) == "amd-zen4-1-core"
-    intel = {"name": "Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.0GHz", "vendor": "GenuineIntel", "family": 6, "model": 143}
+    intel = {
+        "name": "Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.0GHz",
+        "vendor": "GenuineIntel",
+        "family": 6,
+        "model": 143,
+    }
     assert environment.slug(intel, 56) == "intel-xeon-platinum-8480-plus-56-cores"
     assert environment.as_slug("NVIDIA H200") == "nvidia-h200"
 
@@ -171,3 +177,10 @@ def test_rooflines():
 def test_every_part_of_the_registry_resolves():
     assert all(callable(suites.PARTS[name]) for name in suites.PARTS)
     assert Check(1e-6, 1e-5).passed
+
+
+def test_the_counted_operations_in_the_document():
+    text = (environment.ROOT / "asset/docs/performance.md").read_text(encoding="utf-8")
+    for model in ("0.6B", "1.6B"):
+        cells = [f"{forward_flops(model, pixels) / 1e9:,.0f} GFLOP" for pixels in (512, 1024, 2048, 4096)]
+        assert f"| {model} | {' | '.join(cells)} |" in text
