@@ -15,9 +15,6 @@ from sana.diffusion.step_cache import StepCache
 from sana.models.autoencoder.base import Autoencoder
 from sana.models.text_encoder.base import PromptEmbeds
 from sana.pipelines.denoise import TransformerDenoiser
-from sana.utils.logging import get_logger
-
-logger = get_logger(__name__)
 
 _BAKED = ("backend", "fp32_attention")  # attributes of modules that choose kernels
 
@@ -98,14 +95,8 @@ def compile_blocks(transformer: nn.Module, **options: Any) -> list[nn.Module]:
 
 @torch.inference_mode(False)  # made in the middle of a call, its tensors must stay usable outside
 def fast_decoder(autoencoder: Autoencoder) -> Autoencoder:
-    """Returns a copy of an autoencoder that decodes in bf16, channels-last and compiled; itself if it cannot."""
-    if not hasattr(autoencoder, "prepare_for_decoding"):
-        logger.info("The autoencoder %s has no compiled decoder; it runs as it is.", type(autoencoder).__name__)
-        return autoencoder
-    decoder: Any = copy.deepcopy(autoencoder)
-    decoder.prepare_for_decoding(dtype=torch.bfloat16, channels_last=True, compile=True)
-    fast: Autoencoder = decoder.eval().requires_grad_(False)
-    return fast
+    """Returns a copy of an autoencoder that decodes in bf16, channels-last and compiled."""
+    return copy.deepcopy(autoencoder).prepare_for_decoding(torch.bfloat16, channels_last=True, compile=True)
 
 
 def weights_version(model: nn.Module) -> int:

@@ -284,8 +284,9 @@ def test_regional_with_inductor(pipeline, fresh_dynamo, tmp_path):
 
 def test_max_captures_compiles_and_uses_triton_and_off_undoes_all_of_it(pipeline, recorder, monkeypatch):
     class Fast(type(pipeline.autoencoder)):
-        def prepare_for_decoding(self, dtype, channels_last, compile):
+        def prepare_for_decoding(self, dtype, *, channels_last, compile):
             self.prepared = (dtype, channels_last, compile)
+            return self
 
     original = pipeline.autoencoder
     original.__class__ = Fast

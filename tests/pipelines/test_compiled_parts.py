@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from sana.diffusion import SAMPLERS
 from sana.diffusion.guidance import Guidance
+from sana.models.autoencoder.base import Autoencoder
 from sana.models.transformer.sana import SanaMS
 from sana.pipelines.compiled_parts import DenoisingLoop, compile_blocks, fast_decoder, weights_version
 from tests.tolerance import assert_rms_close
@@ -146,26 +147,28 @@ def test_all_blocks_share_one_compilation():
     assert compiled == 2, "a block with attention and one with the identity of PAG, for three blocks"
 
 
-class OwnDecoder(torch.nn.Conv2d):
-    """An autoencoder that can be prepared: it writes down how."""
+class OwnDecoder(Autoencoder):
+    """An autoencoder of one convolution."""
 
-    prepared = None
+    scaling_factor, latent_channels, downsample_factor = 0.5, 4, 1
 
-    def prepare_for_decoding(self, dtype, channels_last, compile):
-        self.to(dtype)
-        self.prepared = (dtype, channels_last, compile)
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(4, 3, 1)
 
-
-def test_the_fast_decoder_is_a_copy():
-    plain = OwnDecoder(3, 3, 1)
-    fast = fast_decoder(plain)
-    assert fast.prepared == (torch.bfloat16, True, True) and fast.weight.dtype == torch.bfloat16
-    assert plain.prepared is None and plain.weight.dtype == torch.float32
+    def raw_decode(self, latents):
+        return self.layer(latents)
 
 
-def test_an_autoencoder_without_a_fast_decoder_serves_itself():
-    plain = torch.nn.Conv2d(3, 3, 1)
-    assert fast_decoder(plain) is plain
+def test_the_fast_decoder_is_a_copy(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: function(x) + 1000)
+    plain, latents = OwnDecoder().eval(), torch.randn(1, 4, 8, 8)
+    wanted = plain.decode(latents)
+    with torch.inference_mode():
+        fast = fast_decoder(plain)
+    assert_rms_close(fast.decode(latents), wanted.detach() + 1000, torch.bfloat16)
+    assert fast.dtype == torch.bfloat16 and not fast.layer.weight.is_inference()
+    assert plain.dtype == torch.float32 and torch.equal(plain.decode(latents), wanted)
 
 
 def test_the_version_tells_moved_weights_and_other_kernels():
