@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sana.models.layers.linear import Linear
-from sana.models.transformer.mix_ffn import Mlp
+from sana.models.transformer.mix_ffn import Grid, Mlp
 from sana.ops import modulated_layer_norm
 from sana.ops.backend import choose
 from sana.ops.linear.cpu import linear_cpu
@@ -140,3 +140,10 @@ class FinalLayer(nn.Module):
         """Tokens (B, N, D) and time embedding (B, D) -> (B, N, p * p * C')."""
         shift, scale = (self.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)  # (B, 1, D)
         return self.linear(modulated_layer_norm(x, shift, scale, self.norm_final.eps, backend=self.backend))
+
+
+def unpatchify(x: Tensor, grid: Grid, patch_size: int) -> Tensor:
+    """Tokens (B, N, p * p * C) on an (H, W) grid -> image (B, C, H * p, W * p)."""
+    return nn.functional.pixel_shuffle(
+        x.unflatten(1, grid).unflatten(-1, (patch_size**2, -1)).permute(0, 4, 3, 1, 2).flatten(1, 2), patch_size
+    )

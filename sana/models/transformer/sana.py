@@ -13,8 +13,14 @@ from sana.models.layers.norms import RMSNorm
 from sana.models.transformer.architecture import SanaArchitecture
 from sana.models.transformer.attention import readable_tokens
 from sana.models.transformer.block import SanaBlock
-from sana.models.transformer.caches import TextCache, TextPart, TimeCache
-from sana.models.transformer.embedding import CaptionEmbedder, FinalLayer, PatchEmbed, TimestepEmbedder
+from sana.models.transformer.caches import CachedSampling, TextCache, TimeCache
+from sana.models.transformer.embedding import (
+    CaptionEmbedder,
+    FinalLayer,
+    PatchEmbed,
+    TimestepEmbedder,
+    unpatchify,
+)
 from sana.models.transformer.position import Rotary, rotary_axes, rotary_table, sincos_table
 from sana.models.transformer.rows import call_by_row, repeat_rows
 
@@ -23,7 +29,7 @@ Output = Tensor | tuple[Tensor, Tensor]
 BlockRunner = Callable[..., Any]
 
 
-class Sana(nn.Module):
+class Sana(CachedSampling, nn.Module):
     """Linear diffusion transformer for latents of one fixed square size (as released in November 2024).
 
     Args:
@@ -32,7 +38,6 @@ class Sana(nn.Module):
 
     pos_embed: Tensor
     fixed_size = True
-    cacheable = True  # whether `denoise` serves in the place of `forward`
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
@@ -127,94 +132,6 @@ class Sana(nn.Module):
         """`forward` without the variance channels."""
         out = self(x, timestep, y, **kwargs)
         return out.chunk(2, dim=1)[0] if self.architecture.pred_sigma else out
-
-    @torch.no_grad()
-    def cache_text(
-        self, y: Tensor, mask: Tensor | None = None, *, branches: int = 1, batch_invariant: bool | None = None
-    ) -> TextCache:
-        """Projects texts, once for all steps of sampling, to the keys and values of every block.
-
-        Args:
-            y: (B, L, C_text) or (B, 1, L, C_text) text embeddings.
-            mask: (B, L), non-zero for tokens that may be read; None: all.
-            branches: number k of rows that belong to one image, as guidance stacks them: rows i, i + B / k, ...
-            batch_invariant: as in `forward`, but for images instead of rows: the branches of an image are computed
-                together, and keep the tokens only that one of them reads. Else all L are kept with the mask, so that
-                nothing waits for a GPU: cut them before.
-
-        Raises:
-            ValueError: the network needs more inputs than `denoise` takes, or k does not divide B.
-        """
-        if not self.cacheable:
-            raise ValueError(f"{type(self).__name__} is sampled with forward(); denoise() does not know its inputs.")
-        if len(y) % branches:
-            raise ValueError(f"{len(y)} rows are not {branches} branches of as many images.")
-        y = y if y.dim() == 4 else y.unsqueeze(1)
-        mask = None if mask is None else readable_tokens(mask.flatten(1))
-        if not (self._by_row(y) if batch_invariant is None else batch_invariant):
-            return TextCache((self._cache_rows(tuple(range(len(y))), y, mask),))
-        images = len(y) // branches
-        parts = []
-        for image in range(images):
-            rows = tuple(range(image, len(y), images))
-            text, own = self._trim(y[rows, ...], None if mask is None else mask[rows, ...])
-            parts.append(self._cache_rows(rows, text, own))
-        return TextCache(tuple(parts))
-
-    @torch.no_grad()
-    def cache_time(self, timestep: Tensor, cfg_scale: Tensor | None = None) -> list[TimeCache]:
-        """Computes the modulation of every block at times (S,), given as to `forward`: one entry a time."""
-        tables = torch.stack([block.scale_shift_table for block in self.blocks])  # (depth, 6, D)
-        times = self.embed_time(timestep, cfg_scale)  # (S, D)
-        projected = self.t_block(times).unflatten(-1, (6, -1))  # (S, 6, D)
-        return [TimeCache(tables + shared, time[None]) for shared, time in zip(projected, times, strict=True)]
-
-    def denoise(
-        self, x: Tensor, time: TimeCache, text: TextCache, *, pag_layers: tuple[int, ...] = (), pag_rows: int = 0
-    ) -> Tensor:
-        """`forward` with what does not change between steps, or between rows, made before; waits for no device.
-
-        Args:
-            x: (B, C, H, W) latents.
-            time: of all rows.
-            text: of the B rows.
-            pag_layers: see `forward`.
-            pag_rows: see `forward`.
-
-        Returns:
-            (B, C', H, W).
-
-        Raises:
-            ValueError: the arguments do not fit the model or one another.
-        """
-        if text.rows != x.shape[0]:
-            raise ValueError(f"latents of {x.shape[0]} rows and texts of {text.rows} do not fit.")
-        self._check_shape(x)
-        self._check_perturbation(x, tuple(pag_layers), pag_rows)
-        layers, first_perturbed = frozenset(pag_layers), x.shape[0] - pag_rows
-        if len(text.parts) == 1:
-            return self._denoise(x, time, text.parts[0], layers, pag_rows)
-        results: list[Tensor] = [x] * len(x)
-        for part in text.parts:
-            perturbed = sum(row >= first_perturbed for row in part.rows)
-            out = self._denoise(x[part.rows, ...], time, part, layers, perturbed)
-            for row, result in zip(part.rows, out.split(1), strict=True):
-                results[row] = result
-        return torch.cat(results)
-
-    def _denoise(self, x: Tensor, time: TimeCache, text: TextPart, pag_layers: frozenset[int], pag_rows: int) -> Tensor:
-        grid = self._grid(x)
-        rotary = self.rotary(grid, x.device)
-        tokens = self.embed_latents(x, grid)
-        for index, (block, table, key_value) in enumerate(zip(self.blocks, time.blocks, text.key_values, strict=True)):
-            identity_rows = pag_rows if index in pag_layers else 0
-            tokens = block(tokens, key_value, table[None], text.mask, grid, rotary, identity_rows)
-        return unpatchify(self.final_layer(tokens, time.time), grid, self.architecture.patch_size)
-
-    def _cache_rows(self, rows: tuple[int, ...], y: Tensor, mask: Tensor | None) -> TextPart:
-        text = self._project_text(y)
-        key_values = (block.cross_attn.key_value(text) for block in self.blocks)
-        return TextPart(rows, tuple((key.contiguous(), value.contiguous()) for key, value in key_values), mask)
 
     def _by_row(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and not self.training
@@ -390,13 +307,6 @@ class SanaMS(Sana):
     """`Sana` for latents of any height and width."""
 
     fixed_size = False
-
-
-def unpatchify(x: Tensor, grid: Grid, patch_size: int) -> Tensor:
-    """Tokens (B, N, p * p * C) on an (H, W) grid -> image (B, C, H * p, W * p)."""
-    return torch.nn.functional.pixel_shuffle(
-        x.unflatten(1, grid).unflatten(-1, (patch_size**2, -1)).permute(0, 4, 3, 1, 2).flatten(1, 2), patch_size
-    )
 
 
 # Presets: depth, width and heads of the released networks; every other argument is passed on.
