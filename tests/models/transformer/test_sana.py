@@ -8,9 +8,11 @@ from torch import Tensor
 
 from sana.models.transformer.attention import FP16_MAX, set_fp32_attention
 from sana.models.transformer.controlnet import SanaMSControlNet
+from sana.models.transformer.embedding import unpatchify
 from sana.models.transformer.sana import Sana, SanaMS
 from sana.models.transformer.sana_cm import SanaMSCM
-from tests.models.transformer.networks import inputs, small
+from tests.models.transformer.networks import SMALL, inputs, small
+from tests.parity.common import DEFAULT_FOLDER, load_cases
 
 
 @pytest.mark.parametrize("changes", [{}, {"mlp_acts": ("gelu", "silu", None), "qk_norm": True, "clip_fp16": True}])
@@ -285,3 +287,66 @@ def test_guidance_embedding_and_logvar() -> None:
     other = model(**batch, data_info={"cfg_scale": torch.tensor([4.0, 9.0])})
     assert torch.equal(other[0], out[0]) and not torch.allclose(other[1], out[1], atol=1e-4)
     assert torch.equal(model(**batch, data_info={"cfg_scale": 4.0})[0], out[0])
+
+
+def test_unpatchify_puts_every_value_in_its_place() -> None:
+    tokens = torch.arange(6 * 12.0).view(1, 6, 12)  # 2 x 3 patches of 2 x 2 pixels with 3 channels
+    image = unpatchify(tokens, (2, 3), 2)
+    assert image.shape == (1, 3, 4, 6)
+    assert image[0, 2, 3, 1] == tokens[0, 3, 3 * (2 * 1 + 1) + 2]  # second row, first column: lower right pixel
+
+
+@pytest.mark.parametrize("kind", [Sana, SanaMS])
+def test_only_sana_insists_on_its_size(kind: type[Sana]) -> None:
+    model = small(kind)
+    assert model(**inputs(size=(8, 8))).shape == (2, 4, 8, 8)
+    if kind is Sana:
+        with pytest.raises(ValueError, match="8 x 8 only, not 4 x 6"):
+            model(**inputs(size=(4, 6)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "call", "message"),
+    [
+        ({}, {"x": torch.zeros(2, 3, 4, 6)}, r"\(B, 4, H, W\), not \(2, 3, 4, 6\)"),
+        ({"patch_size": 4}, {}, "4 x 6 do not divide into patches of 4"),
+        ({}, {"return_logvar": True}, "logvar=True"),
+        ({"cfg_embed": True}, {}, r"data_info\['cfg_scale'\]"),
+        ({}, {"pag_rows": 3}, "between 0 and the batch size 2, not 3"),
+        ({}, {"pag_layers": (8,)}, r"from 0 to 1, not \[8\]"),
+    ],
+)
+def test_calls_that_do_not_fit_are_refused(changes: dict, call: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**changes)(**{**inputs(), **call})
+
+
+def test_the_position_buffer_is_the_table_of_the_input_size() -> None:
+    case = next(
+        case for case in load_cases(DEFAULT_FOLDER) if case.constructor.get("use_pe") and case.kind == "dit_forward"
+    )
+    arguments = {key: value for key, value in case.constructor.items() if key != "class"}
+    torch.testing.assert_close(SanaMS(**arguments).pos_embed, case.weights()["pos_embed"], rtol=1e-5, atol=1e-6)
+    assert SanaMS(**{**arguments, "use_pe": False}).pos_embed.eq(0).all()
+
+
+def test_a_fresh_network_is_finite_and_near_zero_output() -> None:
+    torch.manual_seed(0)
+    model = SanaMS(**SMALL).eval()
+    out = model(**inputs())
+    assert torch.isfinite(out).all() and 1e-4 < out.std() < 1
+
+
+@pytest.mark.parametrize("fp32_attention", [True, False])
+def test_bfloat16_autocast_trains_with_nearly_the_same_gradients(fp32_attention: bool) -> None:
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(2)
+        model = SanaMS(**{**SMALL, "class_dropout_prob": 0.0}).train()
+        set_fp32_attention(model, fp32_attention)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = model(**inputs(4))
+        (out.float() - inputs(4)["x"]).square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+    assert cosine > 0.99
