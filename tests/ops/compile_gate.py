@@ -5,11 +5,14 @@
 Run it from the root of the repository in a process without TRITON_INTERPRET, which would leave nothing to compile.
 """
 
+import functools
 import importlib
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tests.ops.kernels import Spec
@@ -54,10 +57,22 @@ def compile_spec(spec: Spec, architecture: int) -> dict[str, object]:
     return result
 
 
+@functools.cache
+def specs_by_name() -> dict[str, Spec]:
+    return {spec.name: spec for spec in load_specs([])}
+
+
+def compile_named(name: str) -> list[dict[str, object]]:
+    """Compiles one kernel for every architecture; takes a name, since kernels do not travel between processes."""
+    return [compile_spec(specs_by_name()[name], architecture) for architecture in ARCHITECTURES]
+
+
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 leaves nothing to compile: unset it.")
-    results = [compile_spec(spec, arch) for spec in load_specs(sys.argv[1:]) for arch in ARCHITECTURES]
+    names = [spec.name for spec in load_specs(sys.argv[1:])]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        results = [result for results in pool.map(compile_named, names) for result in results]
     print(json.dumps(results, indent=1))
 
 

@@ -59,6 +59,6 @@ def linear_attention_reference(
         query = rms_norm(query, q_weight, norm_eps)
     if k_weight is not None:
         key = rms_norm(key, k_weight, norm_eps)
-    heads = (tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tensor in (query, key, value))  # (B, h, N, d)
-    out = relu_linear_attention(*heads, eps)
+    query, key, value = (tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tensor in (query, key, value))
+    out = relu_linear_attention(query, key, value, eps)  # (B, h, N, d)
     return out.transpose(1, 2).flatten(2).to(qkv.dtype)
