@@ -72,7 +72,7 @@ class TransformerDenoiser:
         self._times: dict[float, TimeCache] = {}
         self._cached = has_caches(transformer)
         if self._cached and times is not None:
-            self._make_times(times)
+            self._make_times(times.tolist())
 
     @staticmethod
     def _cut(null: PromptEmbeds, length: int) -> PromptEmbeds:
@@ -126,12 +126,10 @@ class TransformerDenoiser:
             output = self.transformer(stacked, self._timesteps(sigma, len(stacked)), text[0], mask=text[1], **perturbed)
         output = output[:, : latents.shape[1]].float()  # a model that also predicts a variance has more channels
         if self.checked and not torch.isfinite(output).all():
-            what, timesteps = (
-                f"transformer at timestep {float(sigma) * TIMESTEPS:.1f}",
-                self._timesteps(sigma, len(stacked)),
-            )
+            what = f"transformer at timestep {float(sigma) * TIMESTEPS:.1f}"
             embeds, mask = self.text(branches)
-            check_finite(output, self.transformer, what, stacked, timesteps, embeds, mask=mask, **perturbed)
+            inputs = (stacked, self._timesteps(sigma, len(stacked)), embeds)
+            check_finite(output, self.transformer, what, *inputs, mask=mask, **perturbed)
         return dict(zip(branches, output.chunk(len(branches)), strict=True))
 
     def _prepare(self, branches: tuple[str, ...]) -> TextCache | tuple[Tensor, Tensor]:
@@ -139,16 +137,20 @@ class TransformerDenoiser:
         return self.transformer.cache_text(embeds, mask, branches=len(branches)) if self._cached else (embeds, mask)
 
     def _timesteps(self, sigma: Tensor, rows: int) -> Tensor:
-        return (sigma.to(device=self._prompt.mask.device, dtype=torch.float32) * TIMESTEPS).expand(rows)
+        return (self._filled(float(sigma)) * TIMESTEPS).expand(rows)
 
     def _time(self, sigma: Tensor) -> TimeCache:
         if float(sigma) not in self._times:
-            self._make_times(sigma[None])
+            self._make_times([float(sigma)])
         return self._times[float(sigma)]
 
-    def _make_times(self, times: Tensor) -> None:
-        timesteps = times.to(device=self._prompt.mask.device, dtype=torch.float32) * TIMESTEPS
-        self._times |= zip(times.tolist(), self.transformer.cache_time(timesteps), strict=True)
+    def _make_times(self, times: Sequence[float]) -> None:
+        timesteps = torch.stack([self._filled(time) for time in times]) * TIMESTEPS
+        self._times |= zip(times, self.transformer.cache_time(timesteps), strict=True)
+
+    def _filled(self, value: float) -> Tensor:
+        """A number as a 0-d float32 on the device. Filling it copies nothing there, which a CUDA graph could not."""
+        return torch.full((), value, dtype=torch.float32, device=self._prompt.mask.device)
 
 
 def has_caches(transformer: nn.Module) -> bool:

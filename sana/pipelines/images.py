@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from sana.pipelines.graphs import to_host
+
 RECIPE_KEY = "sana"  # the PNG's text chunk that holds the recipe as JSON
 _FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf")
 
@@ -32,7 +34,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     if not bool(torch.isfinite(batch).all()):
         raise ValueError("The images hold values that are not finite.")
     levels = batch.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return [Image.fromarray(one) for one in levels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(one) for one in to_host(levels.permute(0, 2, 3, 1))[0].numpy()]
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any] | None = None) -> None:

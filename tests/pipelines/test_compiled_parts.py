@@ -72,10 +72,6 @@ def test_the_check_below_sees_copies_to_a_device():
     assert len(copies.found) == 3
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="TransformerDenoiser copies times to the device, and the transformer its position and rotary tables",
-)
 @pytest.mark.parametrize("sampler", ["flow_dpm-solver", "flow_euler", "dpm-solver"])
 @pytest.mark.parametrize(
     "options",

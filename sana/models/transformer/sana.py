@@ -43,6 +43,7 @@ class Sana(CachedSampling, nn.Module):
         super().__init__()
         self.architecture = arch = SanaArchitecture.from_kwargs(kwargs)
         self.gradient_checkpointing = False
+        self._tables: dict[tuple[Any, ...], Tensor | None] = {}
         dim = arch.hidden_size
         self.x_embedder = PatchEmbed(arch.patch_size, arch.in_channels, dim, arch.patch_embed_kernel)
         self.t_embedder = TimestepEmbedder(dim)
@@ -170,8 +171,8 @@ class Sana(CachedSampling, nn.Module):
     def embed_latents(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, C, H, W) -> (B, N, D), with the added position embedding if the model has one."""
         tokens = self.x_embedder(x.to(self.dtype))
-        position = self.position_embedding(grid)
-        return tokens if position is None else tokens + position.to(tokens)
+        position = self._kept("position", grid, tokens, lambda: self.position_embedding(grid))
+        return tokens if position is None else tokens + position
 
     def embed_time(self, timestep: Tensor, cfg_scale: Tensor | None = None) -> Tensor:
         """(B,) -> (B, D)."""
@@ -227,8 +228,22 @@ class Sana(CachedSampling, nn.Module):
         arch = self.architecture
         if not arch.use_rope:
             return None
-        cosines, sines = rotary_table(rotary_axes(arch.head_dim), grid, arch.pe_interpolation)
-        return cosines.to(device), sines.to(device)
+        angles = rotary_table(rotary_axes(arch.head_dim), grid, arch.pe_interpolation)
+        like = torch.empty(0, device=device)
+        cosines, sines = (self._kept(f"rotary {i}", grid, like, lambda i=i: angles[i]) for i in (0, 1))
+        return cosines, sines
+
+    def _kept(self, name: str, grid: Grid, like: Tensor, table: Callable[[], Tensor | None]) -> Any:
+        """Returns a table with the dtype and device of a tensor. Copies on other devices are kept for good: a captured
+        CUDA graph goes on reading them."""
+        if like.device.type == "cpu" or torch.compiler.is_compiling():
+            made = table()
+            return None if made is None else made.to(like)
+        key = (name, grid, like.dtype, like.device)
+        if key not in self._tables:
+            made = table()
+            self._tables[key] = None if made is None else made.to(like)
+        return self._tables[key]
 
     def initialize_weights(self) -> None:
         """Xavier for linear layers and the patch convolution, small normal for the conditioning and the output."""
