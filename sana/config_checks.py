@@ -65,8 +65,8 @@ def describe(annotation: Any) -> str:
     return words.get(annotation, "anything")
 
 
-ATTENTION = ("linear", "flash", "vanilla")
-FEED_FORWARD = ("glumbconv", "glumbconv_dilate", "mlp", "dwmlp", "mbconvpreglu")
+ATTENTION = ("linear", "flash", "vanilla", "triton_linear")
+FEED_FORWARD = ("glumbconv", "glumbconv_dilate", "mlp", "dwmlp", "mbconvpreglu", "triton_mbconvpreglu")
 PRECISION = ("fp32", "float32", "no", "fp16", "float16", "bf16", "bfloat16")
 DENSITIES = ("logit_normal", "mode", "uniform", "logit_normal_trigflow", "trigflow", None)
 CHOICES: dict[str, tuple[Any, ...]] = {

@@ -19,6 +19,7 @@ from sana.diffusion.sampler import Sampler
 from sana.models.autoencoder.base import Autoencoder
 from sana.models.text_encoder.base import PromptEmbeds
 from sana.models.transformer.sana_cm import SanaMSCM
+from sana.ops.backend import plain_kind
 from sana.pipelines import inputs, loading
 from sana.pipelines.approximations import cache_steps
 from sana.pipelines.compiled import SPRINT, Compilable, watching
@@ -349,7 +350,7 @@ class SanaPipeline(Compilable):
             ValueError: PAG is asked for and the model cannot do it.
         """
         model = self.config.model
-        kind = select_guidance_kind(model.guidance_type, request.pag, model.attn_type)
+        kind = select_guidance_kind(model.guidance_type, request.pag, plain_kind(model.attn_type)[0])
         if request.pag > 1.0:
             if kind != "classifier-free_PAG":
                 raise ValueError(f"pag_guidance_scale needs attn_type 'linear'; this model has {model.attn_type!r}.")
