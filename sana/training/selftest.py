@@ -263,11 +263,14 @@ class SelfTest:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._full_step()  # compiles, allocates
+        trainer.settle()
         started, steps, elapsed = time.monotonic(), 0, 0.0
         while steps < LEAST_STEPS or (elapsed < self.minutes * 60 and steps < MOST_STEPS):
             self._full_step()
             steps += 1
             (elapsed,) = parallel.max(time.monotonic() - started)
+        trainer.settle()  # a device may be a step behind
+        (elapsed,) = parallel.max(time.monotonic() - started)
         train = self.config.train
         images = train.train_batch_size * train.gradient_accumulation_steps * parallel.world_size * steps / elapsed
         (memory,) = parallel.max(peak_bytes() / GIB)
@@ -342,6 +345,7 @@ class SelfTest:
     def _next_step(self) -> tuple[list[str], dict[str, torch.Tensor]]:
         batch = self.trainer.data.next_batch()
         self.trainer.train_step([part(batch, 0, FEW)])
+        self.trainer.settle()
         return [*batch.keys, *batch.captions], local_weights(self.trainer)
 
     def _compare(self, first: Any, second: Any) -> Found:

@@ -65,6 +65,7 @@ def gradients(trainer: "Trainer", batches: list[Batch]) -> Gradients | None:
     Returns:
         None where the loss or its gradient is not finite.
     """
+    trainer.settle()
     names = ("optimizer", "scheduler", "ema", "step", "samples")
     before, count = {name: getattr(trainer, name) for name in names}, trainer.guard.count
     recorder = _Recorder(trainer)
