@@ -118,12 +118,11 @@ class Encoder(nn.Module):
         self.project_out = head
 
     def forward(self, images: Tensor) -> Tensor:
-        inference = choose("auto", images) == "cpu"
-        x = self.project_in(channels_last(images) if inference else images)
+        x = self.project_in(like_weights(self, images))
         for stage in self.stages:
             x = stage(x)
         x = self.project_out(x)
-        return x.contiguous() if inference else x
+        return x if torch.is_grad_enabled() else x.contiguous()
 
 
 class Decoder(nn.Module):
@@ -163,17 +162,20 @@ class Decoder(nn.Module):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
-        inference = choose("auto", latents) == "cpu"
-        x = self.project_in(channels_last(latents) if inference else latents)
+        x = self.project_in(like_weights(self, latents))
         for stage in reversed(self.stages):
             x = stage(x)
         x = self.project_out(x)
-        return x.contiguous() if inference else x
+        return x if torch.is_grad_enabled() else x.contiguous()
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """`x` with its channels last in memory, the layout in which convolutions on a CPU are fast."""
-    return x.contiguous(memory_format=torch.channels_last)
+def like_weights(network: nn.Module, x: Tensor) -> Tensor:
+    """`x` with channels last in memory, if the network's convolutions are laid out so or run on a CPU for inference."""
+    first = next(parameter for parameter in network.parameters() if parameter.ndim == 4)
+    last = not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
+    if last or choose("auto", x) == "cpu":
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 class DCAE(Autoencoder):

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.models.autoencoder.dc_ae_layers import ConvLayer, ResidualBlock, at_least_fp32, build_act, without_autocast
+from sana.models.autoencoder.dc_ae_layers import (
+    ConvLayer,
+    ResidualBlock,
+    at_least_fp32,
+    build_act,
+    is_plain,
+    without_autocast,
+)
 from sana.ops import mix_ffn
 from sana.ops.backend import choose
 from sana.ops.mix_ffn.reference import to_image
@@ -65,7 +72,7 @@ class LiteMLA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
         batch, _, height, width = qkv.shape
-        if batch == 1 and height * width > self.head_dim and x.dtype == torch.float32 and choose("auto", x) == "cpu":
+        if self._attends_on_cpu(x):
             return self.proj(self._attend_on_cpu(qkv))
         if len(self.aggreg):
             qkv = torch.cat([qkv, *(op(qkv) for op in self.aggreg)], dim=1)
@@ -73,6 +80,12 @@ class LiteMLA(nn.Module):
         query, key, value = heads.split(self.head_dim, dim=2)
         out = relu_attention(F.relu(query), F.relu(key), value)
         return self.proj(out.reshape(batch, -1, height, width))
+
+    def _attends_on_cpu(self, x: Tensor) -> bool:
+        """Whether `x` is one float32 image of more tokens than channels in a head, in inference on a CPU."""
+        if x.shape[0] > 1 or x.shape[2] * x.shape[3] <= self.head_dim or x.dtype != torch.float32:
+            return False
+        return choose("auto", x) == "cpu" and all(is_plain(conv) for scale in self.aggreg for conv in scale.children())
 
     def _attend_on_cpu(self, qkv: Tensor) -> Tensor:
         """The same with channels last in memory: heads are cut and joined by strides, and nothing is transposed."""
@@ -83,7 +96,8 @@ class LiteMLA(nn.Module):
             return x.permute(0, 2, 3, 1).reshape(tokens, parts, size).transpose(0, 1)
 
         scales = [split(qkv)]
-        for depthwise, grouped in self.aggreg:
+        for scale in self.aggreg:
+            depthwise, grouped = scale.children()
             weight = grouped.weight.view(parts, size, size).transpose(1, 2)
             scales.append(torch.bmm(split(depthwise(qkv)), weight))
         out = qkv.new_empty(tokens, len(scales), parts // 3, size)
@@ -119,7 +133,11 @@ def relu_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class GLUMBConv(nn.Module):
-    """Inverted bottleneck with a gated depthwise convolution: point_conv(a * act(b)), [a, b] = depth_conv(...)."""
+    """Inverted bottleneck with a gated depthwise convolution: point_conv(a * act(b)), [a, b] = depth_conv(...).
+
+    Attributes:
+        backend: see `sana.ops.backend`; with SiLU it is the operator `mix_ffn`.
+    """
 
     def __init__(self, channels: int, *, norm: str | None, act: str | None, expand_ratio: int = 4) -> None:
         super().__init__()
@@ -131,13 +149,15 @@ class GLUMBConv(nn.Module):
         self.point_conv = ConvLayer(hidden, channels, 1, bias=False, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = type(self.glu_act) is nn.SiLU and choose(self.backend, x) != "reference"
-        if not fused:
+        convolutions = (self.inverted_conv.conv, self.depth_conv.conv, self.point_conv.conv)
+        fused = type(self.glu_act) is nn.SiLU and all(is_plain(conv) for conv in convolutions)
+        if not fused or choose(self.backend, x) == "reference":
             value, gate = self.depth_conv(self.inverted_conv(x)).chunk(2, dim=1)
             return self.point_conv(value * self.glu_act(gate))
-        grid, convolutions = x.shape[2:], (self.inverted_conv.conv, self.depth_conv.conv, self.point_conv.conv)
+        height, width = x.shape[2:]
         weights = [(conv.weight, conv.bias) for conv in convolutions]
-        out = to_image(mix_ffn(x.flatten(2).transpose(1, 2), grid, *weights, backend=self.backend), grid)
+        tokens = mix_ffn(x.flatten(2).transpose(1, 2), (height, width), *weights, backend=self.backend)
+        out = to_image(tokens, (height, width))
         return out if self.point_conv.norm is None else self.point_conv.norm(out, inplace=True)
 
 

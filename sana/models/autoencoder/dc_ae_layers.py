@@ -32,9 +32,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Turns autocast off for the device of `x`, where it knows autocast (the meta device does not)."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    """Turns autocast off for the device of `x`; the meta device knows none."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -165,10 +164,15 @@ class ConvLayer(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         """The convolution alone; a plain 1x1 is a matrix product, which CPU inference does faster by that name."""
         conv = self.conv
-        plain = type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.groups == 1 and conv.stride == (1, 1)
-        if plain and choose("auto", x) == "cpu":
+        product = is_plain(conv) and conv.kernel_size == (1, 1) and conv.groups == 1 and conv.stride == (1, 1)
+        if product and choose("auto", x) == "cpu":
             return linear_cpu(x.permute(0, 2, 3, 1), conv.weight, conv.bias).permute(0, 3, 1, 2)
         return conv(x)
+
+
+def is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution is PyTorch's own, neither quantised nor wrapped, so that its weight says all."""
+    return type(conv) is nn.Conv2d
 
 
 def apply_act(act: nn.Module, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.models.autoencoder.dc_ae_layers import ConvLayer, ResidualBlock
+from sana.models.autoencoder.dc_ae_layers import ConvLayer, ResidualBlock, is_plain
 from sana.ops.backend import choose
 
 
@@ -59,7 +59,7 @@ class InterpolateUpsample(nn.Module):
 
     def folds(self, x: Tensor) -> bool:
         """Whether the folded form computes `x`: float32 inference on a CPU."""
-        return type(self.conv.conv) is nn.Conv2d and x.dtype == torch.float32 and choose("auto", x) == "cpu"
+        return is_plain(self.conv.conv) and x.dtype == torch.float32 and choose("auto", x) == "cpu"
 
     def folded(self, x: Tensor, repeats: int = 0) -> Tensor:
         """The four convolutions of `subpixel_kernels`, interleaved."""
@@ -85,9 +85,13 @@ class InterpolateUpsample(nn.Module):
 class UpsampleBlock(ResidualBlock):
     """A convolution that doubles the size, plus the duplicating shortcut."""
 
+    def __init__(self, main: nn.Module, shortcut: ChannelDuplicate) -> None:
+        super().__init__(main, shortcut)
+        self.repeats = shortcut.repeats
+
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.main, InterpolateUpsample) and self.main.folds(x):
-            return self.main.folded(x, self.shortcut.repeats)
+            return self.main.folded(x, self.repeats)
         return super().forward(x)
 
 

@@ -1,5 +1,7 @@
 """Scaling, size checks and independence of the batch, for any autoencoder."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,3 +83,60 @@ def test_images_that_are_refused(shape: tuple[int, ...], message: str) -> None:
 def test_latents_that_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"latents must be \(B, 3, h, w\)"):
         Halving().decode(torch.zeros(shape))
+
+
+class Scaling(Halving):
+    """Decodes through a convolution, so that there is a layout to choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def raw_decode(self, latents: Tensor) -> Tensor:
+        return self.conv(super().raw_decode(latents))
+
+
+def test_preparing_freezes_casts_and_lays_out_and_takes_back_what_it_can() -> None:
+    model = Scaling().train()
+    expected = model.state_dict()["conv.weight"].bfloat16()
+    assert model.prepare_for_decoding(torch.bfloat16) is model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(model.conv.weight, expected)
+    model.prepare_for_decoding()
+    assert model.dtype == torch.bfloat16, "None keeps the dtype"
+    model.prepare_for_decoding(torch.float32, channels_last=False)
+    assert model.conv.weight.is_contiguous()
+    assert torch.equal(model.conv.weight, expected.float())
+
+
+def test_compiled_code_is_made_once_at_the_first_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def stand_in(function):
+        compiled.append(function)
+        return lambda latents: function(latents) + 1
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    model, latents = Scaling(), torch.randn(1, 3, 2, 2)
+    plain = model.eval().decode(latents)
+    model.prepare_for_decoding(compile=True)
+    assert not compiled
+    for _ in range(2):
+        torch.testing.assert_close(model.decode(latents), plain + 1)
+    assert len(compiled) == 1
+    assert torch.equal(model.encode(torch.ones(1, 3, 2, 2)), torch.full((1, 3, 1, 1), 3.0)), "encoding is as it was"
+    model.prepare_for_decoding(compile=False)
+    torch.testing.assert_close(model.decode(latents), plain)
+
+
+def test_a_copy_of_a_compiled_autoencoder_decodes_with_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    model, latents = Scaling().prepare_for_decoding(compile=True), torch.randn(1, 3, 2, 2)
+    model.decode(latents)
+    twin = copy.deepcopy(model)
+    twin.conv.weight.zero_()
+    twin.conv.bias.fill_(7)
+    assert torch.equal(twin.decode(latents), torch.full((1, 3, 4, 4), 7.0))
+    assert not torch.equal(model.decode(latents), twin.decode(latents))

@@ -186,3 +186,65 @@ def test_impossible_shapes_are_refused(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         DCAEConfig(**(shape | change))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", SMALL)
+def test_inference_equals_training(name: str, layout: torch.memory_format) -> None:
+    """Without gradients a CPU computes in another layout and order, and the images come out contiguous."""
+    model = DCAE(SMALL[name]).eval()
+    randomise(model)
+    images = torch.randn(1, 3, 24, 16)
+    latents = model.encoder(images).detach()
+    expected = model.decoder(latents).detach()
+    model.to(memory_format=layout).requires_grad_(False)
+    for _ in range(2):
+        with torch.no_grad():
+            assert_rms_close(model.encoder(images), latents, what="latents")
+            decoded = model.decoder(latents)
+        assert_rms_close(decoded, expected, what="images")
+        assert decoded.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["sana", "imagenet"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_compiler_takes_the_decoder_as_one_graph(name: str, layout: torch.memory_format) -> None:
+    model = DCAE(SMALL[name]).eval()
+    randomise(model)
+    latents = torch.randn(2, model.latent_channels, 4, 6)
+    with torch.no_grad():
+        expected = model.raw_decode(latents)
+    model.to(memory_format=layout)
+    torch.compiler.reset()
+    compiled = torch.compile(model.raw_decode, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_rms_close(compiled(latents), expected)
+    assert_rms_close(compiled(latents), expected, what="with gradients")
+
+
+def test_prepared_for_decoding_in_bf16() -> None:
+    model = DCAE(SMALL["sana"]).eval()
+    randomise(model)
+    latents = torch.randn(2, model.latent_channels, 4, 4)
+    with torch.no_grad():
+        expected = model.decode(latents)
+    assert model.prepare_for_decoding(torch.bfloat16) is model
+    actual = model.decode(latents)
+    assert actual.dtype == torch.bfloat16
+    assert not actual.requires_grad
+    error = (actual.float() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
+    assert error < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_prepared_for_decoding_on_a_gpu(compile: bool) -> None:
+    model = DCAE(SMALL["sana"]).eval()
+    randomise(model)
+    latents = torch.randn(2, model.latent_channels, 8, 8)
+    with torch.no_grad():
+        expected = model.decode(latents)
+    model.cuda().prepare_for_decoding(torch.bfloat16, compile=compile)
+    with torch.inference_mode():
+        actual = model.decode(latents.cuda()).float().cpu()
+    assert (actual - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt() < 0.05
