@@ -12,13 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from sana.ops.backend import choose
 from sana.ops.linear.cpu import linear_cpu
-from sana.ops.linear_attention.reference import relu_linear_attention
+from sana.ops.linear_attention.reference import linear_attention_reference, relu_linear_attention
 from sana.ops.mix_ffn.cpu import mix_ffn_cpu
 from sana.ops.mix_ffn.reference import Activation, WeightBias
 from sana.ops.mix_ffn.reference import mix_ffn as mix_ffn_reference
 from sana.ops.mix_ffn.reference import pre_glu_conv as pre_glu_conv_reference
 from sana.ops.modulation.cpu import modulated_layer_norm_cpu
-from sana.ops.rms_norm.reference import rms_norm, rms_norm_2d
+from sana.ops.rms_norm.function import rms_norm_2d
+from sana.ops.rms_norm.reference import rms_norm
 
 __all__ = [
     "gated_residual", "linear", "linear_attention", "mix_ffn", "modulated_layer_norm", "pre_glu_conv",
@@ -59,8 +60,6 @@ def linear_attention(qkv: Tensor, num_heads: int, *, backend: str = "auto", **op
         from sana.ops.linear_attention.function import linear_attention_triton
 
         return linear_attention_triton(qkv, num_heads, **options)
-    from sana.ops.linear_attention.reference import linear_attention_reference
-
     return linear_attention_reference(qkv, num_heads, **options)
 
 
