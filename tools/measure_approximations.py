@@ -130,10 +130,12 @@ def measure(pipeline: SanaPipeline, cases: list[Case], options: argparse.Namespa
 def weights_of(case: Case, pipeline: SanaPipeline) -> Iterator[None]:
     """Gives the pipeline an fp8 copy of its transformer for the time of a case that asks for one."""
     exact = pipeline.transformer
+    assert exact is not None
     try:
         if case.fp8 is not None:
-            pipeline.transformer = copy.deepcopy(exact)
-            quantize_fp8(pipeline.transformer, backend="reference", **case.fp8)
+            quantised = copy.deepcopy(exact)
+            quantize_fp8(quantised, backend="reference", **case.fp8)
+            pipeline.transformer = quantised
         yield
     finally:
         pipeline.transformer = exact
@@ -166,6 +168,7 @@ def branches_of_steps(pipeline: SanaPipeline, request: dict[str, Any]) -> list[i
     times = sampler.times(request["num_inference_steps"], flow_shift=scheduler.flow_shift)
     interval = request.get("interval_guidance", (0.0, 1.0))
     guidance = Guidance("classifier-free", request["guidance_scale"], 1.0, interval)
+    assert pipeline.transformer is not None
     evaluate = plan_evaluations(
         request.get("step_cache", 0.0),
         transformer=pipeline.transformer,
