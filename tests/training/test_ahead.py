@@ -1,4 +1,4 @@
-"""Steps asked for before the last one is known to be good, as on a CUDA device: same weights, same guard, no waiting."""
+"""Steps asked for before the last one is known to be good, as on a GPU: same weights, same guard, no waiting."""
 
 import json
 from dataclasses import replace
