@@ -48,7 +48,9 @@ def full_report(device="cpu", ratio=2.0):
         sides = {"ours": timing(0.1), "eager": timing(0.2), "torch.compile": timing(0.15)}
         cases.append(CaseResult("operators", f"{name} forward, fp32, 0.6B, 1024 px, batch 1", "", "measured",
                                 timings=sides, facts={"dtype": "fp32"}, bytes=0.04e12, flops=1e12))  # fmt: skip
-    cases.append(CaseResult("memory", "process start", "", "measured", timings={"ours": timing(1), "diffusers": timing(2)}))
+    cases.append(
+        CaseResult("memory", "process start", "", "measured", timings={"ours": timing(1), "diffusers": timing(2)})
+    )
     cases.append(CaseResult("loader", "files", "", "skipped", "needs about 3 s, and 0 s were left"))
     cases.append(CaseResult("loader", "features", "", "failed", "not timed: the results differ",
                             checks={"b": Check(float("inf"), 1e-5)}))  # fmt: skip

@@ -7,23 +7,20 @@ import time
 import pytest
 import torch
 
+from tools.bench.clocks import CpuStopwatch, Sample, peak_bytes, reset_peak
 from tools.bench.harness import (
     Case,
     Comparison,
-    CpuStopwatch,
     Deadline,
     DeadlineError,
-    Sample,
     Side,
     Skip,
     compare,
     limit,
     measure,
-    peak_bytes,
-    reset_peak,
     rms_ratio,
     run_case,
-)
+)  # fmt: skip
 from tools.bench.results import CaseResult, Check, Timing
 
 GOOD, BAD = Check(1e-7, 1e-5), Check(1e-3, 1e-5)

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"only this part; may be repeated: {', '.join(PARTS)}")  # fmt: skip
     add("--rounds", type=int, help="of every comparison, at most [7 on a CPU, 10 on a GPU]")
     add("--output", type=Path, metavar="DIR", help="where to write [asset/docs/benchmarks, or output/benchmarks]")
-    add("--seconds", type=float, help="time for each suite [cpu 570, gpu 520, quick 150]")
+    add("--seconds", type=float, help="time for each suite [cpu 570, gpu 500, quick 150]")
     add("--list", action="store_true", help="only say what would be measured")
     add("--raise", dest="strict", action="store_true", help="stop at the first error, with its traceback")
     return parser

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WeightBias = tuple[Tensor, Tensor | None]
 CHUNK = 64  # tokens, as in flash-linear-attention's kernels
 
 
@@ -44,7 +45,7 @@ def chunked_linear_attention(qkv: Tensor, num_heads: int, eps: float = 1e-8) -> 
     return torch.cat(parts, dim=2).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
-def mix_ffn(x: Tensor, grid: tuple[int, int], inverted: tuple, depth: tuple, point: tuple) -> Tensor:
+def mix_ffn(x: Tensor, grid: tuple[int, int], inverted: WeightBias, depth: WeightBias, point: WeightBias) -> Tensor:
     """Mix-FFN as the official code and diffusers have it, channels first; arguments as `sana.ops.mix_ffn`."""
     image = x.transpose(1, 2).unflatten(2, grid).contiguous()
     hidden = F.silu(F.conv2d(image, *inverted))

@@ -1,24 +1,30 @@
 """Compares results, then times the sides of a comparison in interleaved rounds. Which comparisons: the parts' files."""
 
 import math
-import resource
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tools.bench.clocks import (
+    FLUSHED_RUNS,
+    CpuStopwatch,
+    CudaStopwatch,
+    KernelStopwatch,
+    Sample,
+    Stopwatch,
+    peak_bytes,
+    reset_peak,
+)
 from tools.bench.results import CaseResult, Check, Timing
 
 MIN_ROUNDS = 2
-FLUSHED_RUNS = 20  # of a kernel in one round; their median is the round's time
 MOST = 5e-2
 # RMS ratio that two results of one dtype may differ by; 16-bit ones by more where diffusers' own error is larger.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
@@ -74,6 +80,7 @@ class Comparison:
         work: of one run.
         facts: what the reader should know, such as shapes.
         stopwatch: None for the one that fits the device and the size of the work.
+        warm_up: whether each side runs once untimed.
     """
 
     sides: Sequence[Side]
@@ -83,7 +90,8 @@ class Comparison:
     least_seconds: float = 0.05
     work: Work = field(default_factory=Work)
     facts: dict[str, Any] = field(default_factory=dict)
-    stopwatch: "Stopwatch | None" = None
+    stopwatch: Stopwatch | None = None
+    warm_up: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,86 +131,6 @@ class Deadline:
     def left(self) -> float:
         """Seconds that are left; negative ones are over."""
         return self._end - self._clock()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Seconds of one run: on the clock, of all cores together, and of the GPU (0 without one)."""
-
-    wall: float
-    cpu: float
-    gpu: float = 0.0
-
-    def plus(self, other: "Sample", share: float) -> "Sample":
-        return Sample(self.wall + other.wall * share, self.cpu + other.cpu * share, self.gpu + other.gpu * share)
-
-
-class Stopwatch(Protocol):
-    """Runs something and says what it took."""
-
-    def __call__(self, run: Callable[[], Any], repeats: int = 1) -> Sample: ...
-
-
-class CpuStopwatch:
-    """Time on the clock, and process time, which a busy machine disturbs less.
-
-    Args:
-        wall: returns seconds.
-        cpu: returns seconds of all threads together.
-    """
-
-    def __init__(
-        self, wall: Callable[[], float] = time.perf_counter, cpu: Callable[[], float] = time.process_time
-    ) -> None:
-        self._wall, self._cpu = wall, cpu
-
-    def __call__(self, run: Callable[[], Any], repeats: int = 1) -> Sample:
-        wall, cpu = self._wall(), self._cpu()
-        for _ in range(repeats):
-            run()
-        return Sample((self._wall() - wall) / repeats, (self._cpu() - cpu) / repeats)
-
-
-class CudaStopwatch:
-    """Time from an idle device to an idle device, and between two events around the work."""
-
-    def __call__(self, run: Callable[[], Any], repeats: int = 1) -> Sample:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        wall, cpu = time.perf_counter(), time.process_time()
-        begin.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return Sample(wall / repeats, cpu / repeats, begin.elapsed_time(end) / 1000 / repeats)
-
-
-class KernelStopwatch:
-    """The median of several runs between CUDA events, each with a second-level cache that holds other data.
-
-    Overwriting the cache takes the device longer than the host needs to queue the next run, so short work is not
-    measured as the time of its launch.
-    """
-
-    def __init__(self) -> None:
-        size = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * 2**20
-        self._other = torch.empty(4 * size, dtype=torch.int8, device="cuda")
-
-    def __call__(self, run: Callable[[], Any], repeats: int = FLUSHED_RUNS) -> Sample:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        torch.cuda.synchronize()
-        cpu = time.process_time()
-        for begin, end in events:
-            self._other.zero_()
-            begin.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        cpu = (time.process_time() - cpu) / repeats
-        seconds = statistics.median(begin.elapsed_time(end) for begin, end in events) / 1000
-        return Sample(seconds, cpu, seconds)
 
 
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:
@@ -364,27 +292,10 @@ def run_case(case: Case, rounds: int, deadline: Deadline, *, strict: bool = Fals
     return result("measured", remark, timings=timings, **found)
 
 
-def reset_peak(device: str) -> None:
-    """Begins to watch the greatest memory anew: of the GPU, or where Linux lets us the resident memory."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with suppress(OSError):  # not Linux, or not allowed: the greatest of the whole process is reported
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: str) -> int:
-    """The greatest memory since `reset_peak`: allocated on the GPU, or resident."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    with suppress(OSError, ValueError, IndexError):
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _warm_up(comparison: Comparison, side: Side, stopwatch: Stopwatch) -> int:
     """Runs a side once untimed, and where the work is small once more; returns how many runs make one sample."""
+    if not comparison.warm_up:
+        return 1
     if side.once is not None:
         side.once()
     side.run()

@@ -102,8 +102,8 @@ def photograph_comparison(folder: Path, count: int, width: int, height: int) -> 
 def feature_comparison(folder: Path, count: int) -> Comparison:
     """Our data set with cached features. There is nothing to compare it with: what is read must be what was written."""
     source = draw_photographs(folder, count, 64, 64)
-    options = {"data_dir": source, "image_size": 1024, "sort_dataset": True}
-    plain = SanaImgDataset(**options)
+    dataset = partial(SanaImgDataset, data_dir=source, image_size=1024, sort_dataset=True)
+    plain = dataset()
     latents, text = torch.randn(32, 32, 32), torch.randn(TEXT_TOKENS, TEXT_WIDTH)
     target = folder / "features"
     with FeatureWriter(target, IDENTITIES) as writer:
@@ -113,7 +113,7 @@ def feature_comparison(folder: Path, count: int) -> Comparison:
             writer.add_text(caption, text, torch.ones(TEXT_TOKENS))
             writer.add_captions(key, [caption])
             writer.end_sample()
-    cached = SanaImgDataset(**options, load_vae_feat=True, load_text_feat=True, feature_dir=target)
+    cached = dataset(load_vae_feat=True, load_text_feat=True, feature_dir=target)
     read = OneCore(partial(_read_all, cached))
 
     def check() -> dict[str, Check]:

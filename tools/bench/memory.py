@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.bench.harness import Case, Check, Comparison, Sample, Side, Work, compare
+from tools.bench.clocks import Sample
+from tools.bench.end_to_end import REDUCED, reduced_shape
+from tools.bench.harness import Case, Check, Comparison, Side, Work, compare
 from tools.bench.networks import DTYPES, require_diffusers
 from tools.bench.pairs import BUNDLED, GUIDANCE, ROOT, Shape, bundled_ours, export_bundled, random_ours, random_theirs
 from tools.bench.results import OURS
@@ -30,9 +32,12 @@ def cases(setting: Setting) -> list[Case]:
         steps = 2 if setting.suite == "quick" else 20
         name = f"bundled model, process start to first picture, {steps} steps, fp32"
         return [Case("memory", name, partial(process_comparison, setting, steps), 15.0, 150.0, 3)]
+    if setting.suite == "quick":
+        build = partial(gpu_comparison, "0.6B", setting, reduced_shape(), 2)
+        return [Case("memory", f"{REDUCED}, each side alone", build, 5.0, rounds=1)]
     title = "bf16, 1024 px, 20 steps, batch 1, each side alone"
     return [
-        Case("memory", f"{model}, {title}", partial(gpu_comparison, model, setting), 20.0, 90.0, 2)
+        Case("memory", f"{model}, {title}", partial(gpu_comparison, model, setting), 20.0, 90.0, 1)
         for model in ("0.6B", "1.6B")
     ]
 
@@ -143,4 +148,4 @@ def gpu_comparison(model: str, setting: Setting, shape: Shape | None = None, ste
     alone = {OURS: Alone(ours, device), "diffusers": Alone(theirs, device)}
     sides = [Side(name, one, peak=partial(getattr, one, "peak")) for name, one in alone.items()]
     facts = {"memory_only": "the pictures are compared in the part end_to_end, and the times include building"}
-    return Comparison(sides, dict, device, work=Work(images=1), facts=facts)
+    return Comparison(sides, dict, device, work=Work(images=1), facts=facts, warm_up=False)

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +67,7 @@ def random_transformer(arguments: dict[str, Any], device: str, dtype: torch.dtyp
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.02)
-    model = model.to(dtype).eval().requires_grad_(False)
-    model.y_embedder.y_embedding = model.y_embedder.y_embedding.to(dtype)
-    return model
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 def fastest(model: SanaMS) -> SanaMS:
@@ -88,12 +87,18 @@ def diffusers_transformer(model: SanaMS) -> Any:
     state = model.state_dict()
     config = transformer_config(model.init_kwargs, state)
     weights = {key: tensor.clone() for key, tensor in to_diffusers(state)[0].items()}
-    with torch.device("cpu" if config["interpolation_scale"] is not None else "meta"):
+    device = next(model.parameters()).device
+    with torch.device(device if config["interpolation_scale"] is not None else "meta"):  # it has a table to fill
         theirs = SanaTransformer2DModel.from_config(config)
     if "patch_embed.pos_embed" in theirs.state_dict():
         weights["patch_embed.pos_embed"] = theirs.patch_embed.pos_embed
     theirs.load_state_dict(weights, assign=True)
-    return theirs.to(next(model.parameters()).device).eval().requires_grad_(False)
+    return theirs.to(device).eval().requires_grad_(False)
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """cuDNN rounds the factors of float32 convolutions to TF32 unless told otherwise; matrix products do not."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def random_autoencoder(config: DCAEConfig, device: str, dtype: torch.dtype, seed: int = 0) -> DCAE:
@@ -180,9 +185,10 @@ def diffusers_step(theirs: Any, inputs: Inputs) -> Callable[[], Tensor]:
 
 def exact_step(model: SanaMS, inputs: Inputs) -> Tensor:
     """The same step in float32 by the plain forward, the judge of 16-bit results."""
-    wide = SanaMS(**model.init_kwargs).to(inputs.latents.device).eval()
+    with torch.device(inputs.latents.device):
+        wide = SanaMS(**model.init_kwargs).eval()
     wide.load_state_dict(model.state_dict())
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), exact_convolutions():
         text = inputs.text.float()[:, None]
         return wide(inputs.latents.float(), inputs.timesteps[STEPS // 2], text, inputs.mask)
 

@@ -225,9 +225,8 @@ def random_theirs(ours: OurSide) -> DiffusersSide:
 
     import diffusers
 
-    pipeline, shift = ours.pipeline, ours.pipeline.config.scheduler.flow_shift
-    scheduler = scheduler_config("flow-dpm_solver", shift)
-    assert pipeline.transformer is not None
+    pipeline: Any = ours.pipeline
+    scheduler = scheduler_config("flow-dpm_solver", pipeline.config.scheduler.flow_shift)
     return DiffusersSide(
         diffusers.SanaPipeline(
             tokenizer=copy.deepcopy(pipeline.text_encoder.tokenizer),

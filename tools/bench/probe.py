@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.bench.harness import peak_bytes
+from tools.bench.clocks import peak_bytes
 
 
 def main(arguments: list[str]) -> int:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tools.bench.harness import CpuStopwatch
+from sana import ops
+from tools.bench.clocks import CpuStopwatch
 
 # Memory bandwidth in bytes/s and dense floating-point operations/s of the data sheets, by a part of the device's name.
 # "fp32" is what torch does by default: without TF32. The first name that fits counts.
@@ -43,7 +44,7 @@ def of_device(device: str, name: str, *, small: bool = False) -> dict[str, Any]:
 
 
 def probe_cpu(stream_bytes: int, size: int, rounds: int = 5) -> dict[str, Any]:
-    """Measures what all threads reach together: a copy (read + write), and the better of two matrix products.
+    """Measures what all threads reach together: a copy (read + write), and the best of three matrix products.
 
     Args:
         stream_bytes: copied at once; far more than the caches hold.
@@ -57,9 +58,13 @@ def probe_cpu(stream_bytes: int, size: int, rounds: int = 5) -> dict[str, Any]:
     found: dict[str, Any] = {"bandwidth": 2 * stream_bytes / seconds, "source": "copy and matrix product, this run"}
     for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        # MKL, which is slow on AMD's processors, and oneDNN, which a 1x1 convolution always takes.
+        # MKL, which is slow on AMD's processors; oneDNN, which a 1x1 convolution always takes; and packed weights.
         image, kernel = left[None].mT[..., None].contiguous(memory_format=torch.channels_last), right[..., None, None]
-        products = (lambda a=left, b=right: a @ b, lambda a=image, b=kernel: F.conv2d(a, b))
+        products = (
+            lambda a=left, b=right: a @ b,
+            lambda a=image, b=kernel: F.conv2d(a, b),
+            lambda a=left, b=right: ops.linear(a, b),
+        )
         with torch.inference_mode():
             best = min(watch(product).wall for product in products for _ in range(rounds + 1))
         found[label] = 2 * size**3 / best

@@ -27,7 +27,7 @@ def cases(setting: Setting) -> list[Case]:
     for side in SIDES[setting.suite]:
         name = f"attention on {side * side} tokens ({32 * side} px), {dtype}, width {DIM}, batch 1"
         build = partial(build_comparison, side, dtype, setting)
-        found.append(Case("scaling", name, build, 2.0, 40.0, 5, "scaling"))
+        found.append(Case("scaling", name, build, 2.0, 40.0, 3, "scaling"))
     return found
 
 
