@@ -136,7 +136,9 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_numbers_are_readable():
-    assert [report.seconds(value) for value in (12.3456, 0.0123, 4.5e-6)] == ["12.3 s", "12.3 ms", "4.5 us"]
+    assert [report.seconds(value) for value in (12.3456, 0.9996, 0.0123, 4.5e-6)] == [
+        "12.3 s", "1 s", "12.3 ms", "4.5 us",
+    ]  # fmt: skip
     assert quartiles([7.0]) == [7.0, 7.0]
     assert report.table([["a", "b|c"], ["dd", ""]]) == ["| a  | b\\|c |", "|----|------|", "| dd |      |"]
 

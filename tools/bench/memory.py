@@ -31,7 +31,7 @@ def cases(setting: Setting) -> list[Case]:
     if setting.device == "cpu":
         steps = 2 if setting.suite == "quick" else 20
         name = f"bundled model, process start to first picture, {steps} steps, fp32"
-        return [Case("memory", name, partial(process_comparison, setting, steps), 15.0, 150.0, 3)]
+        return [Case("memory", name, partial(process_comparison, setting, steps), 15.0, 150.0, 1 if steps == 2 else 3)]
     if setting.suite == "quick":
         build = partial(gpu_comparison, "0.6B", setting, reduced_shape(), 2)
         return [Case("memory", f"{REDUCED}, each side alone", build, 5.0, rounds=1)]
@@ -95,7 +95,7 @@ def process_comparison(setting: Setting, steps: int) -> Comparison:
         return {"diffusers": compare(mine, other, tolerance=TOLERANCE)}
 
     sides = [Side(process.side, process, peak=partial(getattr, process, "peak")) for process in processes]
-    return Comparison(sides, check, work=Work(images=1), stopwatch=process_stopwatch)
+    return Comparison(sides, check, work=Work(images=1), stopwatch=process_stopwatch, warm_up=False)
 
 
 class Alone:

@@ -141,8 +141,8 @@ def _speeds(report: Report, case: CaseResult, timing: Timing) -> list[str]:
     ideal = ideal_seconds(report.roofline, case.bytes, case.flops, case.facts.get("dtype", "fp32"))
     counted = bool(case.bytes) and not case.name.startswith("attention on")  # there the sides do different work
     return [
-        f"{case.bytes / median / 1e9:.0f}" if counted else "",
-        f"{case.flops / median / 1e12:.2f}" if counted and case.flops else "",
+        f"{case.bytes / median / 1e9:.3g}" if counted else "",
+        f"{case.flops / median / 1e12:.3g}" if counted and case.flops else "",
         f"{ideal / median:.0%}" if counted and math.isfinite(ideal) else "",
     ]
 
@@ -160,7 +160,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 def seconds(value: float) -> str:
     """A time in the unit that suits it."""
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
-        if value * factor >= 1 or unit == "us":
+        if value * factor >= 0.9995 or unit == "us":
             return f"{value * factor:.3g} {unit}"
     return ""
 
