@@ -86,7 +86,7 @@ def run_suite(setting: Setting, options: Options, on_case: Callable[[Report], No
 
 
 def clean(device: str) -> None:
-    """Frees what a case has left, compiled code included."""
+    """Frees what a case has left."""
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
