@@ -40,4 +40,5 @@ def test_they_are_drawn_again_the_same(tmp_path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in EXAMPLE.iterdir()}
     for first, second in zip(samples(EXAMPLE), samples(tmp_path), strict=True):
         assert (first.key, first.caption) == (second.key, second.caption)
-        assert (first.image - second.image).abs().mean() < 0.01  # other versions of an encoder differ a little
+        difference = first.image.float() - second.image.float()
+        assert difference.abs().mean() < 1.3  # levels of 255: other versions of an encoder differ a little
