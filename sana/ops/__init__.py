@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sana.ops.backend import choose
 from sana.ops.linear.cpu import linear_cpu
+from sana.ops.linear_attention.cpu import linear_attention_cpu
 from sana.ops.linear_attention.reference import linear_attention_reference, relu_linear_attention
 from sana.ops.mix_ffn.cpu import mix_ffn_cpu
 from sana.ops.mix_ffn.reference import Activation, WeightBias
@@ -44,22 +45,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     return F.linear(x, weight, bias)
 
 
-def linear_attention(qkv: Tensor, num_heads: int, *, backend: str = "auto", **options: Any) -> Tensor:
+def linear_attention(
+    qkv: Tensor, num_heads: int, *, backend: str = "auto", inplace: bool = False, **options: Any
+) -> Tensor:
     """ReLU linear attention on packed projections, with optional RMSNorm of queries and keys (Sana, section 2.2).
 
     Args:
         qkv: (B, N, 3 * D) with [query | key | value] of all heads.
         num_heads: h; D = h * d.
         backend: see `sana.ops.backend`.
+        inplace: whether the memory of `qkv` may be used.
         **options: `eps`, `q_weight`, `k_weight` (D,) and `norm_eps`, see `linear_attention_reference`.
 
     Returns:
         (B, N, D), dtype of `qkv`.
     """
-    if choose(backend, qkv) == "triton":
+    chosen = choose(backend, qkv)
+    if chosen == "triton":
         from sana.ops.linear_attention.function import linear_attention_triton
 
         return linear_attention_triton(qkv, num_heads, **options)
+    if chosen == "cpu" and qkv.dtype != torch.float16:  # where eps is 0
+        return linear_attention_cpu(qkv, num_heads, inplace=inplace, **options)
     return linear_attention_reference(qkv, num_heads, **options)
 
 

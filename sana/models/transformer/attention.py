@@ -10,7 +10,7 @@ from sana.models.layers.linear import Linear
 from sana.models.layers.norms import RMSNorm
 from sana.models.transformer.position import Rotary, apply_rotary
 from sana.ops import linear_attention, relu_linear_attention
-from sana.ops.backend import BACKENDS
+from sana.ops.backend import BACKENDS, choose
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -116,16 +116,16 @@ class LinearAttention(SelfAttention):
             self.k_norm = RMSNorm(dim, eps=norm_eps)
 
     def _attend(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        if self.backend != "triton":
-            return super()._attend(x, rotary)
-        if rotary is not None:
+        if self.backend == "triton" and rotary is not None:
             raise ValueError("the Triton linear attention does not rotate queries and keys; use attn_type 'linear'.")
+        if rotary is not None or choose(self.backend, x) == "reference":
+            return super()._attend(x, rotary)
         qkv = self.qkv(x)
         weights = {f"{name}_weight": norm.weight for name, norm in self._norms().items()}
         wide = qkv.float() if self.fp32_attention else qkv
         norm_eps = next((norm.eps for norm in self._norms().values()), 1e-5)
-        out = linear_attention(wide, self.num_heads, eps=self.eps, norm_eps=norm_eps, backend="triton", **weights)
-        return out.to(qkv.dtype)
+        options = {"eps": self.eps, "norm_eps": norm_eps, "backend": self.backend, "inplace": True, **weights}
+        return linear_attention(wide, self.num_heads, **options).to(qkv.dtype)
 
     def _norms(self) -> dict[str, RMSNorm]:
         norms = {"q": self.q_norm, "k": self.k_norm}
