@@ -65,7 +65,8 @@ def linear_attention(
         from sana.ops.linear_attention.function import linear_attention_triton
 
         return linear_attention_triton(qkv, num_heads, **options)
-    if chosen == "cpu" and qkv.dtype != torch.float16:  # where eps is 0
+    both_or_none = (options.get("q_weight") is None) == (options.get("k_weight") is None)
+    if chosen == "cpu" and both_or_none and qkv.dtype != torch.float16:  # where eps is 0
         return linear_attention_cpu(qkv, num_heads, inplace=inplace, **options)
     return linear_attention_reference(qkv, num_heads, **options)
 

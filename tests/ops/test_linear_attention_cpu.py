@@ -15,11 +15,11 @@ def inference():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("norms", [(), ("q_weight",), ("q_weight", "k_weight")])
 @pytest.mark.parametrize(("rows", "tokens", "heads", "dim"), [(1, 1, 1, 8), (2, 7, 3, 16), (3, 64, 2, 32)])
 def test_equals_the_reference(dtype, norms, rows, tokens, heads, dim):
     qkv = torch.randn(rows, tokens, 3 * heads * dim).to(dtype)
-    options = {"q_weight": torch.rand(heads * dim), "k_weight": torch.rand(heads * dim)} if norms else {}
+    options = {name: torch.rand(heads * dim) for name in norms}
     expected = linear_attention_reference(qkv.float() if dtype != torch.float64 else qkv, heads, **options)
     kept = qkv.clone()
     assert_rms_close(linear_attention(qkv, heads, **options), expected.to(dtype))

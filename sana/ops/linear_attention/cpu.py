@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from sana.ops.rms_norm.reference import rms_norm
-
 
 def linear_attention_cpu(
     qkv: Tensor,
@@ -16,30 +14,31 @@ def linear_attention_cpu(
     norm_eps: float = 1e-5,
     inplace: bool = False,
 ) -> Tensor:
-    """`linear_attention_reference` without gradients; see there for the arguments.
+    """`linear_attention_reference` without gradients.
 
     Heads are strided views of the packed tensor, which products of matrices can read; the quotient is written where the
     next layer wants it.
 
     Args:
+        qkv, num_heads, eps, q_weight, k_weight, norm_eps: as there; the norm's weights are given together.
         inplace: whether the memory of `qkv` may be used.
 
     Returns:
         (B, N, h * d), dtype of `qkv`.
     """
     width = qkv.shape[-1] // 3
-    query, key, value = qkv.split(width, dim=-1)
-    if q_weight is not None:
-        query = rms_norm(query, q_weight, norm_eps)
-    if k_weight is not None:
-        key = rms_norm(key, k_weight, norm_eps)
-    query = query.relu_() if inplace or q_weight is not None else query.relu()
-    key = key.relu_() if inplace or k_weight is not None else key.relu()
+    both, value = qkv.split([2 * width, width], dim=-1)
+    both = (both if inplace else both.clone()).unflatten(-1, (2, width))  # queries and keys (B, N, 2, D)
+    if q_weight is not None and k_weight is not None:
+        wide = both.to(torch.promote_types(both.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        wide = wide.mul_(norm.square_().div_(width).add_(norm_eps).rsqrt_())
+        both = wide.mul_(torch.stack([q_weight, k_weight])).to(both.dtype)
+    query, key = both.relu_().unbind(dim=2)
     out = qkv.new_empty(*qkv.shape[:2], num_heads, width // num_heads)
     for row, result in enumerate(out):
-        q, k, v = (
-            part[row].unflatten(-1, (num_heads, -1)).transpose(0, 1) for part in (query, key, value)
-        )  # (h, N, d)
+        heads = (part[row].unflatten(-1, (num_heads, -1)).transpose(0, 1) for part in (query, key, value))
+        q, k, v = heads  # (h, N, d)
         numerator = torch.bmm(q, torch.bmm(k.transpose(1, 2), v))
         denominator = torch.bmm(q, k.sum(dim=1).unsqueeze(-1)).add_(eps)
         torch.div(numerator.transpose(0, 1), denominator.transpose(0, 1), out=result)
