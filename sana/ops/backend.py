@@ -47,8 +47,8 @@ def choose(requested: str, x: Tensor) -> str:
 def _is_cpu_inference(x: Tensor) -> bool:
     """Whether nothing but the numbers is asked for: no gradient of either kind, no autocast, no tracing."""
     return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()

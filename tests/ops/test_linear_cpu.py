@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sana.ops import mix_ffn, modulated_layer_norm
-from sana.ops.linear import cpu
+from sana.ops import mix_ffn, modulated_layer_norm, packing
 from sana.ops.linear.cpu import linear_cpu
 from tests.tolerance import assert_rms_close
 
@@ -69,25 +68,25 @@ def test_a_weight_is_packed_once_and_again_after_every_change(packs):
 
 
 def test_a_copy_goes_with_its_weight():
-    before = len(cpu._packed)
+    before = len(packing._packed)
     weight = torch.randn(8, 16)
     linear_cpu(torch.randn(1, 16), weight)
-    assert len(cpu._packed) == before + 1
+    assert len(packing._packed) == before + 1
     del weight
     gc.collect()
-    assert len(cpu._packed) == before
+    assert len(packing._packed) == before
 
 
 def test_a_weight_that_learns_and_one_beyond_the_budget_are_not_packed(packs, monkeypatch):
     x, weight = torch.randn(4, 16), torch.randn(8, 16)
     assert_rms_close(linear_cpu(x, torch.nn.Parameter(weight)), F.linear(x, weight))
-    monkeypatch.setattr(cpu, "pack_budget", lambda: weight.nbytes - 1)
+    monkeypatch.setattr(packing, "pack_budget", lambda: weight.nbytes - 1)
     assert_rms_close(linear_cpu(x, weight), F.linear(x, weight))
     assert packs() == 0
 
 
 def test_without_onednn_pytorch_multiplies(monkeypatch):
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(packing, "available", lambda: False)
     x, weight = torch.randn(4, 16), torch.randn(8, 16)
     assert torch.equal(linear_cpu(x, weight, act="relu"), F.relu(F.linear(x, weight)))
 
