@@ -297,7 +297,8 @@ class SanaPipeline(Compilable):
             if latents is not None:
                 return latents
         pag_layers = self.config.model.pag_applied_layers
-        denoiser = TransformerDenoiser(transformer, prompt, null, pag_layers=pag_layers, dtype=self.dtype)
+        options: dict[str, Any] = {"pag_layers": pag_layers, "dtype": self.dtype, "times": times[:-1]}
+        denoiser = TransformerDenoiser(transformer, prompt, null, **options)
         velocity = cache_steps(
             guide(denoiser, guidance),
             request.step_cache,

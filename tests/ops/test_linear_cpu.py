@@ -1,6 +1,7 @@
 """The CPU's own products and Mix-FFN against plain PyTorch, and packed weights that never are out of date."""
 
 import gc
+import sys
 
 import pytest
 import torch
@@ -94,7 +95,9 @@ def test_without_onednn_pytorch_multiplies(monkeypatch):
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (8, 8)])
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_mix_ffn(grid, dilation, with_bias):
+@pytest.mark.parametrize("cache", [0, 2**24])
+def test_mix_ffn(grid, dilation, with_bias, cache, monkeypatch):
+    monkeypatch.setattr(sys.modules["sana.ops.mix_ffn.cpu"], "CACHE_BYTES", cache)
     shapes = ((24, 8, 1, 1), (24, 1, 3, 3), (6, 12, 1, 1))
     weights = [(torch.randn(shape), torch.randn(shape[0]) if with_bias else None) for shape in shapes]
     x = torch.randn(1, grid[0] * grid[1], 8)

@@ -42,6 +42,17 @@ def test_one_transformer_call_a_step_for_the_whole_batch(pipeline, options, bran
     assert calls == [8 * branches] * 3
 
 
+def test_texts_and_times_are_prepared_once(pipeline, monkeypatch):
+    """Whatever the number of steps: times all at once, and texts once for each set of branches."""
+    times, texts = [], []
+    model = pipeline.transformer
+    cache_time, cache_text = model.cache_time, model.cache_text
+    monkeypatch.setattr(model, "cache_time", lambda t: times.append(len(t)) or cache_time(t))
+    monkeypatch.setattr(model, "cache_text", lambda y, mask, **k: texts.append(len(y)) or cache_text(y, mask, **k))
+    pipeline(PROMPTS[:1], seed=3, output_type="latent", **SHORT)
+    assert (times, texts) == ([3], [2])
+
+
 def test_guidance_interval_leaves_the_null_branch_out(pipeline):
     calls, handle = count_calls(pipeline)
     pipeline(PROMPTS[:1], seed=3, interval_guidance=(0.0, 0.5), output_type="latent", **SHORT)

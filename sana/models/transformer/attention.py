@@ -15,6 +15,7 @@ from sana.ops.backend import BACKENDS, choose
 KeyValue = tuple[Tensor, Tensor]
 
 FP16_MAX = 65504.0
+FEW_SCORES = 2**18  # up to so many, plain products are faster on a CPU than the fused kernel
 
 
 class SelfAttention(nn.Module):
@@ -212,6 +213,9 @@ class CrossAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """(B, h, N, d), (B, h, L, d) twice, boolean (B, 1, 1, L) -> (B, h, N, d)."""
+        scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+        if scores <= FEW_SCORES and query.dtype == torch.float32 and choose("auto", query) == "cpu":
+            return attend_by_products(query, key, value, mask)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
@@ -219,10 +223,15 @@ class VanillaCrossAttention(CrossAttention):
     """`CrossAttention` as plain products, which `torch.func.jvp` accepts (`MultiHeadCrossVallinaAttention`)."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, h, N, L)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+        return attend_by_products(query, key, value, mask)
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention without a fused kernel; (B, h, N, d), (B, h, L, d) twice, mask (B, 1, 1, L) -> (B, h, N, d)."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, h, N, L)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _autocast_off(x: Tensor) -> torch.autocast:
