@@ -83,3 +83,15 @@ def test_what_the_kernels_cannot_do_is_refused():
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="backend must be one of"):
         set_backend(small(), "cuda")
+
+
+def test_a_compiler_takes_a_block_as_one_graph():
+    model = small(depth=1).requires_grad_(False)
+    set_backend(model, "triton")
+    batch = {**inputs(1, size=(2, 3)), "timestep": torch.full((1,), 500.0)}
+    with torch.no_grad():
+        part = model.cache_text(batch["y"], batch["mask"], batch_invariant=False).parts[0]
+        table = model.cache_time(batch["timestep"])[0].blocks[0][None]
+        arguments = (torch.randn(1, 6, 32), part.key_values[0], table, part.mask, (2, 3))
+        compiled = torch.compile(model.blocks[0], backend="aot_eager", fullgraph=True)
+        assert_rms_close(compiled(*arguments), model.blocks[0](*arguments))
