@@ -120,7 +120,7 @@ class DCAETrainer:
         progress = Progress(options.steps, options.minutes, step=step, seconds=self.seconds)
         log = TrainLog(options.work_dir / LOG_NAME, resume_step=step)
         try:
-            with SignalWatch() as watch, progress_bar(options.steps, step=step) as bar:
+            with SignalWatch(launched=self.parallel.world_size > 1) as watch, progress_bar(options.steps, step=step) as bar:
                 self._run(progress, log, watch, bar)
         finally:
             self.images.close()
@@ -200,8 +200,8 @@ class DCAETrainer:
         """The main process's progress; a signal that any process got stops all of them after a checkpoint."""
         fraction, terminated, interrupted = self.parallel.sum(
             fraction if self.parallel.is_main else 0.0,
-            watch.received == signal.SIGTERM,
-            watch.received == signal.SIGINT,
+            watch.asked == signal.SIGTERM,
+            watch.asked == signal.SIGINT,
         )
         if terminated or interrupted:
             self.save(progress)
