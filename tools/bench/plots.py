@@ -141,7 +141,7 @@ def _last(axes: Any, report: Report) -> None:
         _empty(axes)
         return
     times = [[statistics.median(one.wall) for one in case.timings.values()] for case in cases]
-    labels = [_wrapped(case.name.removeprefix("DiT forward "), 20) for case in cases]
+    labels = [case.name.removeprefix("DiT forward ").replace(", ", "\n").replace(" of ", "/") for case in cases]
     _grouped(axes, labels, times, list(cases[0].timings), "s")
 
 
