@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 GIB = 2**30
 
-# weight -> {part: (what the weight was when it was packed, the packed copy)}; an entry goes with its weight.
+# weight -> {part: (what it was when it was packed, its storage, the packed copy)}; an entry goes with its weight.
+# The weak reference keeps the storage's address from being given to another one.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -33,16 +35,17 @@ def pack(weight: Tensor, part: object, make: Callable[[], Tensor]) -> Tensor | N
     if weight.requires_grad or weight.is_inference():
         return None
     copies = _packed.get(weight)
-    state = (weight.data_ptr(), weight._version, weight.dtype)
+    storage = weight.untyped_storage()
+    state = (storage._cdata, weight.data_ptr(), weight._version, weight.dtype)
     if copies is not None and part in copies and copies[part][0] == state:
-        return copies[part][1]
+        return copies[part][2]
     copies = _packed.setdefault(weight, {})
     copies.pop(part, None)
-    used = sum(packed.nbytes for parts in _packed.values() for _, packed in parts.values())
+    used = sum(packed.nbytes for parts in _packed.values() for *_, packed in parts.values())
     if used + weight.nbytes > pack_budget():
         return None
     packed = make()
-    copies[part] = (state, packed)
+    copies[part] = (state, StorageWeakRef(storage), packed)
     return packed
 
 

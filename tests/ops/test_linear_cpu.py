@@ -61,6 +61,7 @@ def test_a_weight_is_packed_once_and_again_after_every_change(packs):
         lambda: layer.load_state_dict({"weight": torch.randn(8, 16), "bias": torch.zeros(8)}),
         lambda: layer.weight[0].zero_(),
         lambda: layer.double().float(),
+        lambda: layer.bfloat16().float(),
     )
     for count, change in enumerate(changes, start=2):
         change()
@@ -69,6 +70,7 @@ def test_a_weight_is_packed_once_and_again_after_every_change(packs):
 
 
 def test_a_copy_goes_with_its_weight():
+    gc.collect()
     before = len(packing._packed)
     weight = torch.randn(8, 16)
     linear_cpu(torch.randn(1, 16), weight)
