@@ -120,7 +120,8 @@ class DCAETrainer:
         progress = Progress(options.steps, options.minutes, step=step, seconds=self.seconds)
         log = TrainLog(options.work_dir / LOG_NAME, resume_step=step)
         try:
-            with SignalWatch(launched=self.parallel.world_size > 1) as watch, progress_bar(options.steps, step=step) as bar:
+            signals = SignalWatch(launched=self.parallel.world_size > 1)
+            with signals as watch, progress_bar(options.steps, step=step) as bar:
                 self._run(progress, log, watch, bar)
         finally:
             self.images.close()
