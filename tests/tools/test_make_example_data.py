@@ -41,4 +41,4 @@ def test_they_are_drawn_again_the_same(tmp_path) -> None:
     for first, second in zip(samples(EXAMPLE), samples(tmp_path), strict=True):
         assert (first.key, first.caption) == (second.key, second.caption)
         difference = first.image.float() - second.image.float()
-        assert difference.abs().mean() < 1.3  # levels of 255: other versions of an encoder differ a little
+        assert difference.abs().mean() < 0.01 * 127.5  # levels of 255: other versions of an encoder differ a little

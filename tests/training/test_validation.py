@@ -44,13 +44,13 @@ def pixels(path):
 @pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
 def test_the_sheet_shows_what_the_pipeline_draws(loaded, pipeline, tmp_path, guidance_scale):
     path = validator(pipeline, tmp_path / "validation", guidance_scale=guidance_scale).run(400)
-    images = loaded(
+    learning = copy.copy(loaded)  # weights that learn are multiplied by other routines than frozen ones
+    learning.transformer = copy.deepcopy(loaded.transformer).requires_grad_(True)
+    images = learning(
         PROMPTS, **SIZE, seed=[11, 12, 13], num_inference_steps=2, guidance_scale=guidance_scale, progress_bar=False
     )
     assert path == tmp_path / "validation" / "step_00000400.png"
-    # weights that learn are multiplied by other routines than frozen ones, so a last bit may differ
-    difference = np.abs(pixels(path).astype(int) - np.asarray(contact_sheet(to_pil(images), PROMPTS, cell=192)))
-    assert difference.max() <= 1 and (difference > 0).mean() < 1e-4
+    assert (pixels(path) == np.asarray(contact_sheet(to_pil(images), PROMPTS, cell=192))).all()
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert (read_recipe(path)["step"], read_recipe(path)["seeds"]) == (400, [11, 12, 13])
 
