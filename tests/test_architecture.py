@@ -47,8 +47,8 @@ HOMES = {  # third party -> the only places that may import it
     "fastapi": ("sana/serving/",),
     "ray": ("sana/serving/",),
     "gradio": ("app/",),
-    "torchao": ("sana/models/quantization.py",),
-    "bitsandbytes": ("sana/models/quantization.py", "sana/training/optimizer.py"),
+    "torchao": ("sana/models/quantization/",),
+    "bitsandbytes": ("sana/models/quantization/", "sana/training/optimizer.py"),
     "mmcv": (),
     "xformers": (),
 }

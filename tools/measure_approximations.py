@@ -31,7 +31,7 @@ from torch import Tensor
 from sana.data.scenes import Scene
 from sana.diffusion import SAMPLERS
 from sana.diffusion.guidance import Guidance
-from sana.models.quantization import quantize_fp8
+from sana.models.quantization.fp8 import quantize_fp8
 from sana.pipelines.approximations import first_tokens, plan_evaluations
 from sana.pipelines.sana_pipeline import SanaPipeline
 from tools.scene_judge import SceneJudge

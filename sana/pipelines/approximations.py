@@ -1,6 +1,6 @@
 """The opt-in approximations of a request: a step cache and fewer text tokens. Each is off by default.
 
-Guidance in an interval is `sana.diffusion.guidance`, fp8 weights are `sana.models.quantization`. What each costs in
+Guidance in an interval is `sana.diffusion.guidance`, fp8 weights are `sana.models.quantization.fp8`. What each costs in
 quality is measured in `asset/docs/approximations.md`.
 """
 

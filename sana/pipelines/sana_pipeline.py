@@ -1,6 +1,5 @@
 """SanaPipeline: prompts in, pictures out. Loading is in `loading.py`, checks in `request.py`, formulas elsewhere."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,30 +25,23 @@ from sana.pipelines.compiled import SPRINT, Compilable, watching
 from sana.pipelines.denoise import TIMESTEPS, SprintDenoiser, TransformerDenoiser, check_finite
 from sana.pipelines.graphs import to_host
 from sana.pipelines.images import to_pil
+from sana.pipelines.offload import Offloadable
+from sana.pipelines.plan import Plannable
+from sana.pipelines.quantized import Quantizable
 from sana.pipelines.recipe import weights_hash
 from sana.pipelines.request import Request
 from sana.pipelines.text_features import TextFeatures, call_length, stack
 from sana.utils.allocator import keep_freed_memory
 from sana.utils.dtype import parse_dtype
 from sana.utils.logging import get_logger
+from sana.utils.methods import OnClassOrInstance
 
 logger = get_logger(__name__)
 
 DEFAULT_STEPS = {"flow_dpm-solver": 20, "flow_euler": 28, "dpm-solver": 20, "sa-solver": 25, "scm": 2, "trigflow": 2}
 
 
-class _OnClassOrInstance:
-    """A method that is called on a class, and gets the class, or on an instance, and gets that."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        functools.update_wrapper(self, function)  # type: ignore[arg-type]
-
-    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
-        return functools.partial(self._function, owner if instance is None else instance)
-
-
-class SanaPipeline(Compilable):
+class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
     """Text to image with a Sana model.
 
     Two ways to one: `SanaPipeline(config)` and then `.from_pretrained(weights)`, or
@@ -85,7 +77,7 @@ class SanaPipeline(Compilable):
         self.text_features = TextFeatures()
         self._weights_hash: str | None = None
 
-    @_OnClassOrInstance
+    @OnClassOrInstance
     def from_pretrained(
         self_or_class: Any,  # noqa: N805  the pipeline, or its class
         model_path: str | Path,
@@ -133,6 +125,8 @@ class SanaPipeline(Compilable):
     def autoencoder(self, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder.eval()
         self._weights_hash = None
+
+    vae = autoencoder  # what diffusers calls it: `pipeline.vae.enable_tiling()`
 
     @property
     def text_encoder(self) -> loading.AnyTextEncoder:
@@ -262,7 +256,8 @@ class SanaPipeline(Compilable):
             NonFiniteError: the text encoder produced infinity or NaN.
         """
         encoder = self.text_encoder
-        features = self.text_features.find(encoder, prompts, null=null, device=self.device)
+        with self.stage("text_encoder"):
+            features = self.text_features.find(encoder, prompts, null=null, device=self.device)
         longest = max(len(feature.mask) for feature in features)
         length = call_length(longest, encoder.model_max_length, self.device) if trim else encoder.model_max_length
         return stack(features, length)
@@ -271,7 +266,7 @@ class SanaPipeline(Compilable):
     def decode(self, latents: Tensor, size: inputs.ImageSize | None = None) -> Tensor:
         """Returns images (B, 3, H, W) float32 of scaled latents, resized and cropped when the size was binned."""
         autoencoder = self.autoencoder if self._compiled is None else self._compiled.autoencoder()
-        with watching(self._compiled, "the decoder"):
+        with self.stage("autoencoder"), watching(self._compiled, "the decoder"):
             images = autoencoder.decode(latents).float()
         if not torch.isfinite(images).all():
             raw = latents.to(autoencoder.dtype) / autoencoder.scaling_factor + autoencoder.shift_factor
@@ -292,23 +287,27 @@ class SanaPipeline(Compilable):
         needs_null = any("uncond" in guidance.branches(float(time)) for time in times)
         prompt = request.embeds(self.encode_prompts, self.device)
         null = request.null_embeds(self.encode_prompts, self.device) if needs_null else None
-        if self._compiled is not None:
-            latents = self._compiled.denoise(request, times, guidance, noise, prompt, null)
-            if latents is not None:
-                return latents
-        pag_layers = self.config.model.pag_applied_layers
-        options: dict[str, Any] = {"pag_layers": pag_layers, "dtype": self.dtype, "times": times[:-1]}
-        denoiser = TransformerDenoiser(transformer, prompt, null, **options)
-        velocity = cache_steps(
-            guide(denoiser, guidance),
-            request.step_cache,
-            transformer=transformer,
-            sampler=sampler,
-            times=times,
-            guidance=guidance,
-        )
-        with watching(self._compiled, "the transformer"), self._steps(request, len(times) - 1, TIMESTEPS) as callback:
-            return sampler.sample(velocity, noise, times, generator=generators, callback=callback)
+        with self.stage("transformer"):
+            if self._compiled is not None:
+                latents = self._compiled.denoise(request, times, guidance, noise, prompt, null)
+                if latents is not None:
+                    return latents
+            pag_layers = self.config.model.pag_applied_layers
+            options: dict[str, Any] = {"pag_layers": pag_layers, "dtype": self.dtype, "times": times[:-1]}
+            denoiser = TransformerDenoiser(transformer, prompt, null, **options)
+            velocity = cache_steps(
+                guide(denoiser, guidance),
+                request.step_cache,
+                transformer=transformer,
+                sampler=sampler,
+                times=times,
+                guidance=guidance,
+            )
+            with (
+                watching(self._compiled, "the transformer"),
+                self._steps(request, len(times) - 1, TIMESTEPS) as callback,
+            ):
+                return sampler.sample(velocity, noise, times, generator=generators, callback=callback)
 
     def _sprint(
         self, transformer: nn.Module, sampler: Sampler, request: Request, noise: Tensor, generators: inputs.Generators
@@ -319,16 +318,13 @@ class SanaPipeline(Compilable):
         times = request.angles()
         if times is None:
             times = sampler.times(request.num_inference_steps, **request.sprint_times())
-        denoiser = SprintDenoiser(
-            transformer,
-            request.embeds(self.encode_prompts, self.device),
-            guidance_scale=request.guidance_scale,
-            dtype=self.dtype,
-        )
+        prompt = request.embeds(self.encode_prompts, self.device)
+        denoiser = SprintDenoiser(transformer, prompt, guidance_scale=request.guidance_scale, dtype=self.dtype)
         if request.latents is not None:  # the released pipeline takes the caller's latents in units of the data
             noise = noise / sigma_data
         options = {"sigma_data": sigma_data, "generator": generators}
-        with watching(self._compiled, SPRINT), self._steps(request, len(times) - 1) as callback:
+        watched = watching(self._compiled, SPRINT)
+        with self.stage("transformer"), watched, self._steps(request, len(times) - 1) as callback:
             return sampler.sample(denoiser, noise, times, callback=callback, **options)
 
     def _check_sampler(self, name: str, sampler: Sampler) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sana.models.checkpoint import CheckpointError
-from sana.models.quantization import Fp8Linear, Fp8MixFFN, quantize_fp8
+from sana.models.quantization.fp8 import Fp8Linear, Fp8MixFFN, quantize_fp8
 from sana.models.transformer.sana import SanaMS
 from sana.models.transformer.sana_cm import SanaMSCM
 from sana.ops.fp8.function import Fp8UnavailableError, fp8_linear
