@@ -1,0 +1,245 @@
+"""`MemoryModel`: the peak of every stage of a picture, found by running our own code on tensors without storage."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sana.config import SanaConfig
+from sana.diffusion import SAMPLERS
+from sana.diffusion.guidance import Guidance, guide
+from sana.models.text_encoder.base import PromptEmbeds
+from sana.pipelines.denoise import SprintDenoiser, TransformerDenoiser
+from sana.pipelines.memory import networks
+from sana.pipelines.memory.networks import NetworkWeights
+from sana.pipelines.memory.tracker import CUDA_BLOCK, MemoryTracker
+
+if TYPE_CHECKING:
+    from sana.models.autoencoder.tiling import Tiling
+
+DEVICES = ("cpu", "cuda")
+STEPS_RUN = 3  # from the third step on, every step holds what the one before held
+
+
+class MemoryModel:
+    """Predicts the memory of a configuration's networks and stages.
+
+    Args:
+        config: names the networks.
+        device: "cpu" or "cuda"; no such device need be here.
+        dtype: of the transformer and the text encoder.
+        quantization: scheme of the transformer, or None.
+        text_quantization: scheme of the text encoder, or None.
+    """
+
+    def __init__(
+        self,
+        config: SanaConfig,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        text_quantization: str | None = None,
+    ) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        if device not in DEVICES:
+            raise ValueError(f"Memory is predicted for {' or '.join(DEVICES)}, not {device!r}.")
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.quantization = quantization
+        self.text_quantization = text_quantization
+        self._block = CUDA_BLOCK if device == "cuda" else 1
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._networks: dict[str, Any] = {}
+        self._weights: dict[str, NetworkWeights] = {}
+
+    def weights(self, network: str) -> NetworkWeights:
+        """Returns what a network's weights take.
+
+        Args:
+            network: "text_encoder", "transformer" or "autoencoder".
+
+        Raises:
+            ConfigError: its shape is not known without its files.
+        """
+        if network not in networks.NETWORKS:
+            raise ValueError(f"Unknown network {network!r}; known: {', '.join(networks.NETWORKS)}.")
+        if network not in self._weights:
+            dtype = networks.network_dtype(network, self.config, self.dtype)
+            scheme = networks.scheme_for(network, self.quantization, self.text_quantization)
+            module, packed = self._network(network), 0
+            if self.device == "cpu":
+                before = self.weights("transformer").packed if network == "autoencoder" else 0
+                packed = networks.packed_bytes(network, module, dtype, scheme, networks.left_budget(before))
+            self._weights[network] = networks.measure_weights(
+                network, module, dtype, scheme, block=self._block, packed=packed
+            )
+        return self._weights[network]
+
+    def encode_text(self, prompts: int, *, null: bool = True, tokens: int | None = None) -> int:
+        """Returns the peak of encoding texts, above the text encoder's weights.
+
+        Args:
+            prompts: number of prompts.
+            null: whether the null caption is encoded too.
+            tokens: of every prompt, the instruction not counted; None: `model_max_length`.
+        """
+        from sana.pipelines.memory.texts import encode
+
+        length = self._tokens(tokens)
+        with self._tracked("text_encoder") as (tracker, model):
+            with self._mode, tracker:
+                encode(model, self.config, prompts, length, null=null, device=self.device)
+        return tracker.peak
+
+    def denoise(
+        self,
+        height: int,
+        width: int,
+        batch: int,
+        *,
+        guidance: bool = True,
+        pag: bool = False,
+        tokens: int | None = None,
+        steps: int | None = None,
+    ) -> int:
+        """Returns the peak of sampling, above the transformer's weights.
+
+        Args:
+            height: of the picture in pixels, a multiple of the autoencoder's factor.
+            width: as `height`.
+            batch: number of pictures.
+            guidance: whether the null caption is evaluated too.
+            pag: whether a perturbed branch is evaluated too.
+            tokens: of every prompt; None: `model_max_length`.
+            steps: whose modulation is prepared; None: the sampler's default number.
+        """
+        name = self.config.scheduler.vis_sampler
+        sampler, length = SAMPLERS[name], self._tokens(tokens)
+        shape = (batch, self.config.vae.vae_latent_dim, *self._latent_size(height, width))
+        with self._tracked("transformer") as (tracker, network):
+            with self._mode, tracker:
+                noise = torch.empty(shape, device=self.device)
+                prompt = self._embeds(batch, length)
+                null = self._embeds(batch, self._tokens(None)) if guidance else None
+            if sampler.prediction == "trigflow":
+                self._sprint(tracker, network, sampler, prompt, noise)
+            else:
+                self._flow(tracker, network, name, noise, prompt, null, pag=pag, steps=steps)
+        return tracker.peak
+
+    def decode(self, height: int, width: int, batch: int, *, tiling: "Tiling | None" = None) -> int:
+        """Returns the peak of decoding latents to pictures, above the autoencoder's weights.
+
+        Args:
+            height: of the picture in pixels.
+            width: as `height`.
+            batch: number of pictures.
+            tiling: None: every picture is decoded whole.
+        """
+        with self._tracked("autoencoder") as (tracker, autoencoder), self._mode, tracker:
+            autoencoder.tiling = tiling
+            latents = torch.empty(
+                batch, autoencoder.latent_channels, *self._latent_size(height, width), device=self.device
+            )
+            images = autoencoder.decode(latents).float()
+            torch.isfinite(images).all()
+            (images / 2 + 0.5).clamp(0, 1)
+        return tracker.peak
+
+    def encode(self, height: int, width: int, batch: int, *, tiling: "Tiling | None" = None) -> int:
+        """Returns the peak of encoding pictures to latents, above the autoencoder's weights; see `decode`."""
+        with self._tracked("autoencoder") as (tracker, autoencoder), self._mode, tracker:
+            autoencoder.tiling = tiling
+            images = torch.empty(batch, 3, height, width, device=self.device)
+            autoencoder.encode(images)
+        return tracker.peak
+
+    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
+        factor = self.config.vae.vae_downsample_rate
+        if height % factor or width % factor or min(height, width) < factor:
+            raise ValueError(f"Height and width must be multiples of {factor} pixels, not {height} and {width}.")
+        return height // factor, width // factor
+
+    def _tokens(self, tokens: int | None) -> int:
+        longest = self.config.text_encoder.model_max_length
+        if tokens is not None and not 1 <= tokens <= longest:
+            raise ValueError(f"tokens must be between 1 and model_max_length {longest}, not {tokens}.")
+        return longest if tokens is None else tokens
+
+    def _embeds(self, rows: int, length: int) -> PromptEmbeds:
+        channels = self.config.text_encoder.caption_channels
+        return PromptEmbeds(
+            torch.empty(rows, length, channels, dtype=self.dtype, device=self.device),
+            torch.ones(rows, length, dtype=torch.int64, device=self.device),
+        )
+
+    def _network(self, name: str) -> nn.Module:
+        if name not in self._networks:
+            module = networks.BUILDERS[name](self.config)
+            with self._mode:
+                networks.give_storage(module, networks.network_dtype(name, self.config, self.dtype), self.device)
+            self._networks[name] = module
+        return self._networks[name]
+
+    @contextmanager
+    def _tracked(self, name: str) -> Iterator[tuple[MemoryTracker, Any]]:
+        network = self._network(name)
+        tracker = MemoryTracker(block=self._block)
+        tracker.ignore(tensor for _, tensor in networks.named_weights(network))
+        with torch.no_grad(), tracker:
+            yield tracker, network
+
+    def _flow(
+        self,
+        tracker: MemoryTracker,
+        network: Any,
+        name: str,
+        noise: Tensor,
+        prompt: PromptEmbeds,
+        null: PromptEmbeds | None,
+        *,
+        pag: bool,
+        steps: int | None,
+    ) -> None:
+        sampler = SAMPLERS[name]
+        levels = sampler.times(steps or default_steps(name)).tolist()[:-1]
+        layers = self.config.model.pag_applied_layers if pag else ()
+        with self._mode, tracker:
+            denoiser = TransformerDenoiser(network, prompt, null, pag_layers=layers, dtype=self.dtype)
+            denoiser._cached = bool(getattr(network, "cacheable", False))  # it looks for weights with storage
+            if denoiser._cached:
+                denoiser._make_times(levels)
+        scale = 4.5 if null is not None else 1.0
+        kind = "classifier-free_PAG" if pag else "classifier-free"
+
+        def branches(latents: Tensor, sigma: Tensor, which: tuple[str, ...]) -> dict[str, Tensor]:
+            level: Any = min(levels, key=lambda known: abs(known - float(sigma)))
+            with self._mode, tracker:
+                return denoiser(latents, level, which)
+
+        velocity = guide(branches, Guidance(kind, scale, 2.0))
+        sampler.sample(velocity, noise, sampler.times(STEPS_RUN))
+
+    def _sprint(self, tracker: MemoryTracker, network: Any, sampler: Any, prompt: PromptEmbeds, noise: Tensor) -> None:
+        with self._mode, tracker:
+            denoiser = SprintDenoiser(network, prompt, guidance_scale=4.5, dtype=self.dtype)
+
+        def model(latents: Tensor, angle: Tensor) -> Tensor:
+            with self._mode, tracker:
+                return denoiser(latents, torch.full((), float(angle)))
+
+        sampler.sample(model, noise, sampler.times(2), sigma_data=self.config.scheduler.sigma_data)
+
+
+@cache
+def default_steps(sampler: str) -> int:
+    """Returns how many steps a pipeline takes with a sampler when nothing else is said."""
+    from sana.pipelines.sana_pipeline import DEFAULT_STEPS
+
+    return DEFAULT_STEPS[sampler]
