@@ -11,6 +11,7 @@ from sana.models.text_encoder.base import PromptEmbeds
 from sana.pipelines import inputs
 from sana.pipelines.approximations import check_approximations, first_tokens
 from sana.pipelines.text_features import trim_given
+from sana.pipelines.upscale import check_upscale
 
 OUTPUT_TYPES = ("pt", "pil", "np", "latent")
 MAX_SCALE = 1000.0
@@ -40,6 +41,11 @@ class Request:
             less than this (relative L1, added up); see `sana.diffusion.step_cache`. About 0.1 to 0.3.
         max_text_tokens: approximation, None is off: the transformer reads the first so many readable tokens of each
             prompt; see `sana.pipelines.approximations.first_tokens`.
+        upscale_from: side in pixels of a square of whose area a small picture of the same shape is made first; the
+            large one starts from it. Above the size the model was trained at this keeps objects whole; see
+            `sana.pipelines.upscale`. Samplers of the flow only.
+        upscale_strength: noise level in (0, 1) at which the large picture starts; the nearest of the schedule is
+            taken, and the steps before it are left out. Less keeps more of the small picture. None for the default.
         num_images_per_prompt: pictures of each prompt.
         generator: one for the whole batch, or a list with one for each image.
         seed: image i uses seed + i; a list gives each image its own. Not together with `generator`.
@@ -48,7 +54,8 @@ class Request:
         prompt_embeds: (P, L, D) embeddings instead of prompts, with `prompt_attention_mask` (P, L).
         negative_prompt_embeds: (P, L, D) or (1, L, D); needs no mask of its own: the prompt's serves both.
         negative_prompt_attention_mask: accepted beside them, without effect for that reason.
-        use_resolution_binning: generate the nearest shape the model was trained for, then resize and crop.
+        use_resolution_binning: generate the nearest shape the model was trained for, then resize and crop. Not with
+            `upscale_from`, which makes the very size that is asked for.
         sampler: a name of `sana.diffusion.SAMPLERS`; None for the config's.
         flow_shift: None for the config's.
         max_timesteps, intermediate_timesteps, timesteps: of Sprint models only: the first angle; the second of exactly
@@ -70,6 +77,8 @@ class Request:
     interval_guidance: Sequence[float] = (0.0, 1.0)
     step_cache: float = 0.0
     max_text_tokens: int | None = None
+    upscale_from: int | None = None
+    upscale_strength: float | None = None
     num_images_per_prompt: int = 1
     generator: inputs.Generators = None
     seed: int | Sequence[int] | None = None
@@ -104,6 +113,7 @@ class Request:
         if self.flow_shift is not None:
             inputs.check_number("flow_shift", self.flow_shift, 1e-3, 1e3)
         check_approximations(self.step_cache, self.max_text_tokens)
+        check_upscale(self.upscale_from, self.upscale_strength, self.latents)
         self._check_pag()
         self._check_interval()
         self._check_embeds()
@@ -195,6 +205,11 @@ class Request:
             return int(self.prompt_embeds.shape[0])
         assert self.prompt is not None
         return len(inputs.as_prompts(self.prompt))
+
+    @property
+    def binning(self) -> bool:
+        """Whether a trained shape is generated and then resized and cropped, where there is a table of them."""
+        return self.use_resolution_binning and self.upscale_from is None
 
     @property
     def pag(self) -> float:

@@ -31,6 +31,7 @@ from sana.pipelines.quantized import Quantizable
 from sana.pipelines.recipe import weights_hash
 from sana.pipelines.request import Request
 from sana.pipelines.text_features import TextFeatures, call_length, stack
+from sana.pipelines.upscale import start_from_small
 from sana.utils.allocator import keep_freed_memory
 from sana.utils.dtype import parse_dtype
 from sana.utils.logging import get_logger
@@ -226,15 +227,17 @@ class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
             self.config.model.image_size if request.width is None else request.width,
             factor=self.autoencoder.downsample_factor,
             image_size=self.config.model.image_size,
-            binning=request.use_resolution_binning,
+            binning=request.binning,
         )
         images = request.prompt_count * request.num_images_per_prompt
         generators = inputs.as_generators(request.generator, request.seed, images)
         factor = self.autoencoder.downsample_factor
         shape = (images, self.autoencoder.latent_channels, size.model_height // factor, size.model_width // factor)
-        noise = inputs.initial_noise(
-            request.latents, generators, shape, images_per_prompt=request.num_images_per_prompt, device=self.device
-        )
+        if request.upscale_from is not None:
+            sampler, noise = start_from_small(self, request, sampler, size, generators)
+        else:
+            rows = request.num_images_per_prompt
+            noise = inputs.initial_noise(request.latents, generators, shape, images_per_prompt=rows, device=self.device)
         denoise = self._sprint if sampler.prediction == "trigflow" else self._flow
         latents = denoise(transformer, sampler, request, noise, generators)
         if request.output_type == "latent":
