@@ -25,6 +25,8 @@ from sana.models.autoencoder.dc_ae_resample import (
     build_downsample,
     build_upsample,
 )
+from sana.models.autoencoder.streaming import stream
+from sana.models.autoencoder.tiling import Tiling
 from sana.ops.backend import choose
 
 DEFAULT_SCALING_FACTOR = 0.41407  # what the official code takes when a config names none
@@ -117,6 +119,10 @@ class Encoder(nn.Module):
             head = ResidualBlock(head, ChannelAverage(widths[-1], config.latent_channels, 1))
         self.project_out = head
 
+    def units(self) -> list[nn.Module]:
+        """What `forward` runs, in order: convolutions, changes of resolution, blocks."""
+        return [self.project_in, *(unit for stage in self.stages for unit in stage.op_list), self.project_out]
+
     def forward(self, images: Tensor) -> Tensor:
         x = self.project_in(like_weights(self, images))
         for stage in self.stages:
@@ -161,6 +167,11 @@ class Decoder(nn.Module):
             [build_norm(config.decoder_out_norm, width), build_act(config.decoder_out_act), out]
         )
 
+    def units(self) -> list[nn.Module]:
+        """What `forward` runs, in order: convolutions, changes of resolution, blocks."""
+        stages = reversed(self.stages)
+        return [self.project_in, *(unit for stage in stages for unit in stage.op_list), self.project_out]
+
     def forward(self, latents: Tensor) -> Tensor:
         x = self.project_in(like_weights(self, latents))
         for stage in reversed(self.stages):
@@ -169,21 +180,28 @@ class Decoder(nn.Module):
         return x if torch.is_grad_enabled() else x.contiguous()
 
 
-def like_weights(network: nn.Module, x: Tensor) -> Tensor:
-    """`x` with channels last in memory, if the network's convolutions are laid out so or run on a CPU for inference."""
+def layout_of(network: nn.Module, x: Tensor) -> torch.memory_format:
+    """Channels last, if the network's convolutions are laid out so or run on a CPU for inference."""
     first = next(parameter for parameter in network.parameters() if parameter.ndim == 4)
     last = not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
-    if last or choose("auto", x) == "cpu":
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
+    return torch.channels_last if last or choose("auto", x) == "cpu" else torch.contiguous_format
+
+
+def like_weights(network: nn.Module, x: Tensor) -> Tensor:
+    """`x` with channels last in memory, where `layout_of` says so; else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if layout_of(network, x) == torch.channels_last else x
 
 
 class DCAE(Autoencoder):
     """The autoencoder of Sana. `encode`/`decode` scale (see `Autoencoder`); `encoder`/`decoder` do not.
 
+    Tiling is exact, so images of more than `AUTO_TILE_PIXELS` are tiled without being asked for.
+
     Args:
         config: the shape; its `scaling_factor` of None means the official default 0.41407.
     """
+
+    tiles_exactly = True
 
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
@@ -199,6 +217,21 @@ class DCAE(Autoencoder):
 
     def raw_decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
+
+    def raw_encode_tiled(self, images: Tensor, tiling: Tiling) -> Tensor:
+        """`raw_encode` in tiles; without gradients."""
+        return stream(
+            self.encoder.units(), images, tiling, factor=1, layout=layout_of(self.encoder, images),
+            progress=self.progress, title="Encoding",
+        )  # fmt: skip
+
+    def raw_decode_tiled(self, latents: Tensor, tiling: Tiling) -> Tensor:
+        """`raw_decode` in tiles; without gradients. What runs in tiles of the image is compiled if that was asked."""
+        return stream(
+            self.decoder.units(), latents, tiling, factor=self.downsample_factor,
+            layout=layout_of(self.decoder, latents), compiler=self._compile_piece if self._compile else None,
+            progress=self.progress, title="Decoding",
+        )  # fmt: skip
 
 
 def _sana_f32() -> DCAEConfig:
