@@ -16,6 +16,7 @@ GIB = 2**30
 # weight -> {part: (what it was when it was packed, its storage, the packed copy)}; an entry goes with its weight.
 # The weak reference keeps the storage's address from being given to another one.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_budget: dict[str, int] = {}  # "bytes": what `set_pack_budget` was given
 
 
 def pack(weight: Tensor, part: object, make: Callable[[], Tensor]) -> Tensor | None:
@@ -66,6 +67,27 @@ def available() -> bool:
 
 def pack_budget() -> int:
     """Bytes that packed copies may take in all: a quarter of the memory, at most 4 GiB; 1 GiB where it is not known."""
+    if "bytes" in _budget:
+        return _budget["bytes"]
     if not hasattr(os, "sysconf"):
         return GIB
     return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4, 4 * GIB)
+
+
+def set_pack_budget(limit: int | None) -> None:
+    """Sets what `pack_budget()` returns; copies that are there already stay, unless the limit is 0.
+
+    Args:
+        limit: bytes; 0 keeps no copies, None asks the machine again.
+
+    Raises:
+        ValueError: the limit is negative or no whole number.
+    """
+    if limit is None:
+        _budget.clear()
+        return
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise ValueError(f"The budget of packed copies must be a number of bytes from 0, or None, not {limit!r}.")
+    _budget["bytes"] = limit
+    if limit == 0:
+        _packed.clear()

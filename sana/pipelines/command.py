@@ -10,6 +10,7 @@ from sana.utils.distributed import rank
 OK = 0
 FAILURE = 1  # the work could not be done: weights, network, disk, a network that diverges
 USAGE = 2  # what was asked for cannot be: an option, a prompt file, a config
+DOES_NOT_FIT = 3  # nothing that may be chosen fits into the memory that is allowed
 INTERRUPTED = 130
 PATIENCE_SECONDS = 8.0  # a process needs some to end, on a busy machine
 FORESEEN = (  # by name: importing their homes takes seconds
@@ -29,7 +30,7 @@ def run_command(work: Callable[[], int | None], *, debug: bool = False) -> int:
         debug: show the traceback of foreseen errors too.
 
     Returns:
-        0 for success, 2 for wrong usage, 1 for failure, 130 after Ctrl-C.
+        0 for success, 2 for wrong usage, 1 for failure, 3 where memory does not suffice by plan, 130 after Ctrl-C.
     """
     try:
         return work() or OK
@@ -52,6 +53,8 @@ def exit_code(error: Exception) -> int | None:
     """Returns the exit code of a foreseen error, None for any other."""
     if isinstance(error, ValueError):
         return USAGE
+    if type(error).__name__ == "MemoryLimitError":  # by name, as those below
+        return DOES_NOT_FIT
     if isinstance(error, OSError | MemoryError) or any(kind.__name__ in FORESEEN for kind in type(error).__mro__):
         return FAILURE
     return None

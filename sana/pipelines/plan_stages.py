@@ -1,0 +1,217 @@
+"""What every stage of making pictures holds under given settings: sums of a `MemoryModel`'s numbers, each asked once.
+
+Which settings to take is decided in `plan_search.py`; what a network needs is computed in `sana.pipelines.memory`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from sana.ops.packing import pack_budget
+from sana.pipelines.plan_request import Job
+
+TEXT, DENOISE, DECODE = "text encoding", "denoising", "decoding"
+NETWORKS = {TEXT: "text_encoder", DENOISE: "transformer", DECODE: "autoencoder"}  # in the order of their use
+
+
+class MemoryModel(Protocol):
+    """What is read of `sana.pipelines.memory.stages.MemoryModel`."""
+
+    def weights(self, network: str) -> Any: ...
+    def encode_text(self, prompts: int, *, null: bool = True) -> int: ...
+    def denoise(self, height: int, width: int, batch: int, *, guidance: bool = True, pag: bool = False) -> int: ...
+    def decode(self, height: int, width: int, batch: int, *, tiling: Any = None) -> int: ...
+
+
+MakeModel = Callable[[str | None, str | None], MemoryModel]  # (quantization, text_quantization) -> model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how much memory a call of the pipeline needs.
+
+    Attributes:
+        batch: pictures of one call.
+        tile: side of the decoder's tiles in pixels; None: whole pictures.
+        slicing: pictures of a batch are decoded one by one.
+        offload: "none", "model", "group" or "sequential".
+        quantization, text_quantization: scheme of the transformer's and the text encoder's weights, or None.
+        packing: a CPU keeps copies of weights in its own layout.
+    """
+
+    batch: int = 1
+    tile: int | None = None
+    slicing: bool = False
+    offload: str = "none"
+    quantization: str | None = None
+    text_quantization: str | None = None
+    packing: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The memory of one stage, in bytes.
+
+    Attributes:
+        name: "text encoding", "denoising" or "decoding".
+        held: what stays on the device meanwhile -> its bytes. In a pipeline these are weights by network, a CPU's
+            packed copies included.
+        peak: the most that is allocated above them.
+    """
+
+    name: str
+    held: Mapping[str, int]
+    peak: int
+
+    @property
+    def resident(self) -> int:
+        """All that is held."""
+        return sum(self.held.values())
+
+    @property
+    def total(self) -> int:
+        """What is held, and the peak above it."""
+        return self.resident + self.peak
+
+
+class Estimator:
+    """Stages of one job under any settings. Every number of a memory model is computed once.
+
+    Args:
+        job: what is to be made.
+        make_model: (quantization, text_quantization) -> memory model. Each network has its own, since the scheme of one
+            changes nothing in the others.
+    """
+
+    def __init__(self, job: Job, make_model: MakeModel) -> None:
+        self.job = job
+        self._make_model = make_model
+        self._models: dict[tuple[str | None, str | None], MemoryModel] = {}
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def for_job(self, job: Job) -> "Estimator":
+        """Returns an estimator of another job with the same model and dtypes; it shares the memory models."""
+        other = Estimator(job, self._make_model)
+        other._models = self._models
+        return other
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of the job, in their order."""
+        return (TEXT, DENOISE, DECODE) if self.job.text_encoder else (DENOISE, DECODE)
+
+    def stage(self, name: str, settings: Settings) -> Stage:
+        """Returns what a stage holds."""
+        return Stage(name, self.resident(name, settings), self.peak(name, settings))
+
+    def all_stages(self, settings: Settings) -> tuple[Stage, ...]:
+        """Returns what every stage holds."""
+        return tuple(self.stage(name, settings) for name in self.stages)
+
+    def worst(self, settings: Settings) -> Stage:
+        """Returns the stage that needs most; of equal ones the first."""
+        return max(self.all_stages(settings), key=lambda stage: stage.total)
+
+    def resident(self, name: str, settings: Settings) -> dict[str, int]:
+        """Returns network -> bytes of its weights that are on the device during a stage (at their greatest)."""
+        if settings.offload != "none":
+            network = NETWORKS[name]
+            return {network: _offloaded(self._weights(network, settings), settings.offload)}
+        held = {NETWORKS[stage]: int(self._weights(NETWORKS[stage], settings).total) for stage in self.stages}
+        if settings.packing:
+            budget = pack_budget()
+            for stage in self.stages[: self.stages.index(name) + 1]:  # copies are made when a network first runs
+                copies = min(int(self._weights(NETWORKS[stage], settings).packed), budget)
+                held[NETWORKS[stage]] += copies
+                budget -= copies
+        return held
+
+    def host(self, settings: Settings) -> int:
+        """Returns the bytes of weights that offload keeps in the machine's memory."""
+        if settings.offload == "none":
+            return 0
+        return sum(int(self._weights(NETWORKS[stage], settings).total) for stage in self.stages)
+
+    def peak(self, name: str, settings: Settings) -> int:
+        """Returns the bytes above the weights."""
+        if name == TEXT:
+            return self._ask(
+                (name, settings.batch, settings.text_quantization),
+                lambda: self._model(TEXT, settings).encode_text(settings.batch, null=self.job.guidance),
+            )
+        if name == DENOISE:
+            return self._ask(
+                (name, settings.batch, settings.quantization),
+                lambda: self._model(DENOISE, settings).denoise(
+                    self.job.size.model_height, self.job.size.model_width, settings.batch,
+                    guidance=self.job.guidance, pag=self.job.request.pag,
+                ),
+            )  # fmt: skip
+        if settings.batch > 1 and self._singly(settings):
+            return self._decode_singly(settings)
+        return self._decode(settings)
+
+    def _singly(self, settings: Settings) -> bool:
+        """Whether the autoencoder takes the pictures of a batch one by one, see `Autoencoder.decode`."""
+        size = self.job.size
+        tiled = settings.tile is not None and max(size.model_height, size.model_width) > settings.tile
+        return settings.slicing or tiled or self.job.request.device == "cpu"
+
+    def _decode(self, settings: Settings) -> int:
+        size, tile = self.job.size, settings.tile
+        return self._ask(
+            (DECODE, settings.batch, tile),
+            lambda: self._model(DECODE, settings).decode(
+                size.model_height, size.model_width, settings.batch, tiling=None if tile is None else make_tiling(tile)
+            ),
+        )
+
+    def _decode_singly(self, settings: Settings) -> int:
+        """Returns the peak of one picture after the other: while the last is made, joined, or turned to numbers."""
+        size, factor, dtype = self.job.size, self.job.factor, self.job.autoencoder_dtype
+        count, pixels = settings.batch, 3 * size.model_height * size.model_width
+        latents = self.job.latent_channels * (size.model_height // factor) * (size.model_width // factor) * 4
+        waiting = 2 * latents + (0 if dtype == torch.float32 else latents * dtype.itemsize // 4)  # scaled, and cast
+        made = self._decode(replace(settings, batch=1)) + (count - 1) * (waiting + pixels * dtype.itemsize)
+        joined = count * (waiting + 2 * pixels * dtype.itemsize)
+        finished = count * (latents + 3 * pixels * 4)  # float32, and what scales them to [0, 1]
+        return max(made, joined, finished)
+
+    def _weights(self, network: str, settings: Settings) -> Any:
+        stage = next(one for one in NETWORKS if NETWORKS[one] == network)
+        schemes = self._schemes(stage, settings)
+        return self._ask((network, schemes), lambda: self._model(stage, settings).weights(network))
+
+    def _schemes(self, stage: str, settings: Settings) -> tuple[str | None, str | None]:
+        return (
+            settings.quantization if stage == DENOISE else None,
+            settings.text_quantization if stage == TEXT else None,
+        )
+
+    def _model(self, stage: str, settings: Settings) -> MemoryModel:
+        schemes = self._schemes(stage, settings)
+        if schemes not in self._models:
+            self._models[schemes] = self._make_model(*schemes)
+        return self._models[schemes]
+
+    def _ask(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+
+def make_tiling(tile: int) -> Any:
+    """Returns square tiles of a side in pixels."""
+    from sana.models.autoencoder.tiling import Tiling
+
+    return Tiling(height=tile, width=tile, stride_height=tile, stride_width=tile)
+
+
+def _offloaded(weights: Any, offload: str) -> int:
+    """Returns the bytes of a running network's weights on the device: all, two units and the rest, or one unit."""
+    if offload == "model":
+        return int(weights.total)
+    units = 2 if offload == "group" else 1
+    return min(int(weights.total), int(weights.rest) + min(units, int(weights.units)) * int(weights.unit))
