@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sana.models.checkpoint import CheckpointError
+from sana.models.layers.residency import compute_device, compute_dtype, home_parameters
 from sana.models.text_encoder.chi import PromptTokens, chi_text, count_dropped_tokens, tokenize_prompts
 from sana.models.text_encoder.prefix_cache import MIN_TOKENS, Prefix, compute_prefix, encode_after, supports_prefix
 from sana.utils.logging import get_logger
@@ -119,11 +120,11 @@ class TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return compute_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return compute_dtype(self.model)
 
     def forward_tokens(
         self, input_ids: Tensor, attention_mask: Tensor, select_index: Tensor, *, trim: bool = False
@@ -160,9 +161,9 @@ class TextEncoder(nn.Module):
 
         Equal fingerprints mean equal embeddings, unless weights were written through `.data`.
         """
-        if any(parameter.requires_grad for parameter in self.model.parameters()):
+        if any(parameter.requires_grad for parameter in home_parameters(self.model)):
             return None
-        return (*self._settings(), *((id(one), _version(one)) for one in self.model.parameters()))
+        return (*self._settings(), *((id(one), _version(one)) for one in home_parameters(self.model)))
 
     def _settings(self) -> tuple[Any, ...]:
         device = self.device

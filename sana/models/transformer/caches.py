@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sana.models.layers.residency import using
 from sana.models.transformer.attention import KeyValue, readable_tokens
 from sana.models.transformer.embedding import unpatchify
 
@@ -141,5 +142,9 @@ class CachedSampling:
 
     def _cache_rows(self, rows: tuple[int, ...], y: Tensor, mask: Tensor | None) -> TextPart:
         text = self._project_text(y)
-        key_values = (block.cross_attn.key_value(text) for block in self.blocks)
-        return TextPart(rows, tuple((key.contiguous(), value.contiguous()) for key, value in key_values), mask)
+        key_values = []
+        for block in self.blocks:
+            with using(block.cross_attn):
+                key, value = block.cross_attn.key_value(text)
+            key_values.append((key.contiguous(), value.contiguous()))
+        return TextPart(rows, tuple(key_values), mask)
