@@ -1,15 +1,18 @@
 """Shapes of the official text encoders as published, so that one can be built without its files. Loads no weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sana.models.text_encoder.base import TextEncoderError
-from sana.models.text_encoder.load import OFFICIAL_ENCODERS
+from sana.models.text_encoder.base import TextEncoder, TextEncoderError
+from sana.models.text_encoder.chi import chi_text
+from sana.models.text_encoder.load import OFFICIAL_ENCODERS, _load_tokenizer, _split_folder
 
+LETTERS_A_TOKEN = 4  # of English in large vocabularies, as those of Gemma and Qwen
 _GEMMA_2B = {
     "model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8,
     "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 16384, "vocab_size": 256000,
@@ -71,6 +74,20 @@ def architecture(name_or_path: str | Path) -> dict[str, Any]:
     return dict(ARCHITECTURES[name])
 
 
+def encoder_class(name_or_path: str | Path) -> type[TextEncoder]:
+    """Returns the class of a text encoder.
+
+    Raises:
+        TextEncoderError: its shape is not known, or it is no known kind.
+    """
+    from sana.models import TEXT_ENCODERS
+
+    kind = architecture(name_or_path).get("model_type")
+    if kind not in TEXT_ENCODERS:
+        raise TextEncoderError(f"{name_or_path} is a {kind!r} network; known are {', '.join(sorted(TEXT_ENCODERS))}.")
+    return TEXT_ENCODERS[kind]
+
+
 def empty_text_encoder(name_or_path: str | Path) -> nn.Module:
     """Builds the network of a text encoder on the meta device: shapes without weights, with the attention it runs with.
 
@@ -82,14 +99,26 @@ def empty_text_encoder(name_or_path: str | Path) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModel, T5EncoderModel
 
-    from sana.models import TEXT_ENCODERS
-
+    kind = encoder_class(name_or_path)
     fields = architecture(name_or_path)
-    kind = str(fields.pop("model_type", ""))
-    if kind not in TEXT_ENCODERS:
-        raise TextEncoderError(f"{name_or_path} is a {kind!r} network; known are {', '.join(sorted(TEXT_ENCODERS))}.")
-    config = AutoConfig.for_model(kind, **fields)
-    config._attn_implementation = TEXT_ENCODERS[kind].attention
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config._attn_implementation = kind.attention
     with torch.device("meta"):
-        model = T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
+        model = AutoModel.from_config(config) if kind.uses_chi else T5EncoderModel(config)
     return model.eval().requires_grad_(False)
+
+
+def instruction_tokens(name_or_path: str | Path, chi_prompt: str | Sequence[str | None] | None) -> int:
+    """Returns how many tokens the instruction has: counted where the tokenizer is at hand, else from its letters.
+
+    Args:
+        name_or_path: see `architecture`.
+        chi_prompt: the instruction, one string or its lines; empty for none.
+    """
+    text = chi_text(chi_prompt) if encoder_class(name_or_path).uses_chi else ""
+    folder = Path(name_or_path).expanduser()
+    if not text:
+        return 0
+    if folder.is_dir():
+        return len(_load_tokenizer(_split_folder(folder)[1]).encode(text))
+    return len(text) // LETTERS_A_TOKEN

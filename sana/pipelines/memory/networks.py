@@ -1,7 +1,8 @@
 """The networks of a configuration as shapes: built without storage, and the bytes that their weights take."""
 
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from sana.models.autoencoder.dc_ae import DCAE, DCAE_PRESETS
 from sana.models.autoencoder.loading import CONFIG_FILE, parse_config
 from sana.models.layers.linear import Linear
 from sana.models.metadata import fp16_lineage
-from sana.models.quantization.layers import is_quantized
-from sana.models.quantization.schemes import quantized_bytes
-from sana.ops.packing import pack_budget
 from sana.utils.dtype import parse_dtype
 
 NETWORKS = ("text_encoder", "transformer", "autoencoder")
-PACKED_DTYPES = (torch.float32, torch.bfloat16)  # what oneDNN keeps copies for
+PACKED_DTYPES = (torch.float32, torch.bfloat16)  # see `sana.ops.packing.packable`
+DEPTHWISE = ("mlp.depth_conv.conv", "local_module.main.depth_conv.conv")  # what `mix_ffn_cpu` packs besides products
+UNITS = {  # lists of what is moved at a time, see `sana.pipelines.offload_units`
+    "text_encoder": ("layers", "encoder.block"),
+    "transformer": ("blocks", "controlnet"),
+    "autoencoder": ("encoder.stages", "decoder.stages"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class NetworkWeights:
 
     Attributes:
         total: weights as they are held, quantised where they are.
-        packed: the CPU's own copies of weights, made at the first use.
-        unit: the largest unit that is moved at a time: a block, a layer of the text encoder, a stage of the autoencoder.
+        packed: the CPU's own copies of weights, made at the first use; of the autoencoder, those of its decoder.
+        unit: the largest unit that is moved at a time: a block, a layer of a text encoder, a stage of the autoencoder.
         rest: what belongs to no unit.
         units: number of units.
     """
@@ -59,25 +63,25 @@ def empty_autoencoder(config: SanaConfig) -> Autoencoder:
     """
     reference = str(config.vae.vae_pretrained)
     folder = Path(reference).expanduser()
-    found = next((one for one in (folder / "vae", folder) if (one / CONFIG_FILE).is_file()), None)
+    found = next((one / CONFIG_FILE for one in (folder / "vae", folder) if (one / CONFIG_FILE).is_file()), None)
     name = reference.rstrip("/").rpartition("/")[2].removesuffix("-diffusers").removesuffix("_diffusers")
-    if found is not None:
-        import json
-
-        shape = parse_config(json.loads((found / CONFIG_FILE).read_text(encoding="utf-8")))
-    elif name in DCAE_PRESETS:
-        shape = DCAE_PRESETS[name]
-    else:
+    raw = {"model_name": name} if found is None else json.loads(found.read_text(encoding="utf-8"))
+    if raw.get("_class_name") == "AutoencoderKL":
+        raise ConfigError(
+            f"The memory of vae.vae_pretrained {reference!r} is not predicted: it is an AutoencoderKL, whose code is "
+            "diffusers'. Choose a DC-AE, or measure a run."
+        )
+    if found is None and name not in DCAE_PRESETS:
         raise ConfigError(
             f"The shape of the autoencoder vae.vae_pretrained {reference!r} is not known without its files: give a "
             f"local folder, or one of {', '.join(DCAE_PRESETS)}."
         )
     with torch.device("meta"):
-        return DCAE(shape).eval().requires_grad_(False)
+        return DCAE(parse_config(raw)).eval().requires_grad_(False)
 
 
 def empty_text_encoder(config: SanaConfig) -> nn.Module:
-    """Builds the text encoder of `config.text_encoder` without storage, on the meta device."""
+    """Builds the network of `config.text_encoder` without storage, on the meta device."""
     from sana.models.text_encoder.architectures import empty_text_encoder as build
 
     return build(config.text_encoder.text_encoder_name)
@@ -90,22 +94,54 @@ BUILDERS: dict[str, Callable[[SanaConfig], nn.Module]] = {
 }
 
 
+def build_empty(network: str, config: SanaConfig, scheme: str | None = None) -> nn.Module:
+    """Builds one of NETWORKS on the meta device, its large layers as a scheme of quantisation stores them.
+
+    Raises:
+        ConfigError: its shape is not known without its files.
+        ValueError: the scheme is unknown, or cannot store a layer.
+    """
+    module = BUILDERS[network](config)
+    if scheme is not None:
+        from sana.models.quantization.apply import Quantization, choose_layers, empty_layers
+
+        empty_layers(module, Quantization(scheme, choose_layers(module, network, scheme)))
+    return module
+
+
+def network_dtype(network: str, config: SanaConfig, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a network's weights in a pipeline of a dtype: the autoencoder keeps its own."""
+    return parse_dtype(config.vae.weight_dtype) if network == "autoencoder" else dtype
+
+
 def give_storage(network: nn.Module, dtype: torch.dtype, device: str) -> None:
-    """Replaces a meta network's tensors by empty ones of the mode that is on, in place; floating ones take the dtype."""
+    """Replaces a meta network's tensors by empty ones, in place: fake ones where a fake mode is on.
 
-    def made(tensor: Tensor) -> Tensor:
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
+    Floating weights take the dtype; what quantised layers store keeps its own.
+    """
+    made: dict[int, Tensor] = {}
 
-    same: dict[int, Tensor] = {}
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                new = same.setdefault(id(parameter), made(parameter))
-                module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = same.setdefault(id(buffer), made(buffer))
+    def replaced(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
+        return made[id(tensor)]
+
+    meta = list(network.modules())  # its tensors stay alive, so that no two have one id
+    kept = [(module, dict(module._parameters), dict(module._buffers)) for module in meta]
+    for module, parameters, buffers in kept:
+        stored = getattr(module, "stored", ())
+        for name, one in parameters.items():
+            if one is not None:
+                new = replaced(one, dtype if one.is_floating_point() else one.dtype)
+                module._parameters[name] = nn.Parameter(new, requires_grad=one.requires_grad)
+        for name, one in buffers.items():
+            if one is not None:
+                module._buffers[name] = replaced(one, dtype if is_cast(name, one, stored) else one.dtype)
+
+
+def is_cast(name: str, tensor: Tensor, stored: Iterable[str] = ()) -> bool:
+    """Whether a buffer takes the dtype of its network."""
+    return tensor.is_floating_point() and name not in stored
 
 
 def named_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -114,92 +150,64 @@ def named_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from network.named_buffers()
 
 
-def weight_bytes(network: str, name: str, tensor: Tensor, dtype: torch.dtype, scheme: str | None) -> int:
-    """Bytes of one weight of a network, as it is held."""
-    if scheme is not None and tensor.dim() > 1 and name.endswith("weight") and is_quantized(network, name):
-        return quantized_bytes(tuple(tensor.shape), scheme, dtype)
-    return math.prod(tensor.shape) * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
-
-
-def unit_prefixes(network: str, module: nn.Module) -> tuple[str, ...]:
-    """Names of the units of a network that are moved at a time, as prefixes of their weights' names."""
-    lists = {"transformer": ("blocks", "controlnet"), "autoencoder": ("encoder.stages", "decoder.stages")}
-    if network == "text_encoder":
-        found = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
-        names = tuple(name for name in found if name in ("layers", "encoder.block"))
-    else:
-        names = lists[network]
-    children = dict(module.named_modules())
-    return tuple(
-        f"{name}.{index}."
-        for name in names
-        if name in children
-        for index in range(len(list(children[name].children())))
-    )
-
-
-def measure_weights(
-    network: str, module: nn.Module, dtype: torch.dtype, scheme: str | None, *, block: int, packed: int
-) -> NetworkWeights:
-    """Counts a network's weights.
+def weights_of(network: str, module: nn.Module, *, block: int, packed: int) -> NetworkWeights:
+    """Counts the weights of a network that has (fake) storage.
 
     Args:
         network: one of NETWORKS.
-        module: it, with or without storage.
-        dtype: of weights that are not quantised.
-        scheme: of quantisation, or None.
+        module: it.
         block: every tensor is rounded up to a multiple of so many bytes.
         packed: bytes of the CPU's copies.
     """
-    prefixes = unit_prefixes(network, module)
+    inside = dict(module.named_modules())
+    prefixes = tuple(
+        f"{name}.{index}."
+        for name in UNITS[network]
+        if isinstance(inside.get(name), nn.ModuleList)
+        for index, _ in inside[name].named_children()
+    )
     units = dict.fromkeys(prefixes, 0)
     total = rest = 0
     for name, tensor in named_weights(module):
-        size = -(-weight_bytes(network, name, tensor, dtype, scheme) // block) * block
+        size = -(-tensor.nbytes // block) * block
         total += size
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if prefix is None:
+        owner = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if owner is None:
             rest += size
         else:
-            units[prefix] += size
+            units[owner] += size
     return NetworkWeights(total, packed, max(units.values(), default=0), rest, len(units))
 
 
-def packed_bytes(network: str, module: nn.Module, dtype: torch.dtype, scheme: str | None, budget: int) -> int:
-    """Bytes of the copies that oneDNN's products keep of a network's weights, see `sana.ops.packing.pack`."""
-    if dtype not in PACKED_DTYPES or network == "text_encoder":
-        return 0
+def split_packed(module: nn.Module, budget: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the weights whose packed copies are kept within a budget, and those that find no room in it.
+
+    They are asked for in the order of their layers, see `sana.ops.packing.pack`.
+    """
+    kept: list[Tensor] = []
+    left: list[Tensor] = []
     used = 0
-    for name, weight in packable_weights(network, module):
-        size = math.prod(weight.shape) * dtype.itemsize
-        if scheme is not None and is_quantized(network, name):
-            continue
-        if used + size <= budget:
-            used += size
-    return used
+    for weight in packable_weights(module):
+        fits = used + weight.nbytes <= budget
+        (kept if fits else left).append(weight)
+        used += weight.nbytes if fits else 0
+    return kept, left
 
 
-def packable_weights(network: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def packable_weights(module: Any) -> Iterator[Tensor]:
     """The weights that `linear_cpu` and `mix_ffn_cpu` compute with."""
     for name, child in module.named_modules():
+        weight = getattr(child, "weight", None)
+        if weight is None or weight.dtype not in PACKED_DTYPES:
+            continue
         if isinstance(child, Linear):
-            yield name, child.weight
+            yield weight
         elif type(child) is nn.Conv2d:
             pointwise = child.kernel_size == (1, 1) and child.groups == 1 and child.stride == (1, 1)
-            if pointwise or name.endswith(("mlp.depth_conv.conv", "main.depth_conv.conv")):
-                yield name, child.weight
+            if pointwise or name.endswith(DEPTHWISE):
+                yield weight
 
 
-def scheme_for(network: str, transformer: str | None, text_encoder: str | None) -> str | None:
-    """The quantisation of a network."""
-    return {"transformer": transformer, "text_encoder": text_encoder}.get(network)
-
-
-def network_dtype(network: str, config: SanaConfig, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of a network's weights in a pipeline of a dtype: the autoencoder keeps its own."""
-    return parse_dtype(config.vae.weight_dtype) if network == "autoencoder" else dtype
-
-
-def left_budget(packed: Any = 0) -> int:
-    """Bytes that further packed copies may take."""
-    return max(0, pack_budget() - int(packed))
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)

@@ -1,26 +1,31 @@
 """`MemoryModel`: the peak of every stage of a picture, found by running our own code on tensors without storage."""
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sana.config import SanaConfig
 from sana.diffusion import SAMPLERS
 from sana.diffusion.guidance import Guidance, guide
 from sana.models.text_encoder.base import PromptEmbeds
+from sana.ops.packing import pack_budget
 from sana.pipelines.denoise import SprintDenoiser, TransformerDenoiser
 from sana.pipelines.memory import networks
+from sana.pipelines.memory.kernels import CpuKernels, FusedAttention
 from sana.pipelines.memory.networks import NetworkWeights
+from sana.pipelines.memory.texts import Lengths, TextRun
 from sana.pipelines.memory.tracker import CUDA_BLOCK, MemoryTracker
 
 if TYPE_CHECKING:
     from sana.models.autoencoder.tiling import Tiling
 
 DEVICES = ("cpu", "cuda")
+HALVES = ("encoder", "decoder")  # of the autoencoder
 STEPS_RUN = 3  # from the third step on, every step holds what the one before held
 
 
@@ -44,19 +49,18 @@ class MemoryModel:
         quantization: str | None = None,
         text_quantization: str | None = None,
     ) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch._subclasses.fake_tensor import FakeTensorMode  # a second to import
 
         if device not in DEVICES:
             raise ValueError(f"Memory is predicted for {' or '.join(DEVICES)}, not {device!r}.")
         self.config = config
         self.device = device
         self.dtype = dtype
-        self.quantization = quantization
-        self.text_quantization = text_quantization
+        self.schemes = {"transformer": quantization, "text_encoder": text_quantization}
         self._block = CUDA_BLOCK if device == "cuda" else 1
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._networks: dict[str, Any] = {}
         self._weights: dict[str, NetworkWeights] = {}
+        self._packed: dict[str, int] = {}
 
     def weights(self, network: str) -> NetworkWeights:
         """Returns what a network's weights take.
@@ -70,16 +74,22 @@ class MemoryModel:
         if network not in networks.NETWORKS:
             raise ValueError(f"Unknown network {network!r}; known: {', '.join(networks.NETWORKS)}.")
         if network not in self._weights:
-            dtype = networks.network_dtype(network, self.config, self.dtype)
-            scheme = networks.scheme_for(network, self.quantization, self.text_quantization)
-            module, packed = self._network(network), 0
-            if self.device == "cpu":
-                before = self.weights("transformer").packed if network == "autoencoder" else 0
-                packed = networks.packed_bytes(network, module, dtype, scheme, networks.left_budget(before))
-            self._weights[network] = networks.measure_weights(
-                network, module, dtype, scheme, block=self._block, packed=packed
-            )
+            module = self._build(network)
+            part = "decoder" if network == "autoencoder" else network
+            counted = networks.weights_of(network, module, block=self._block, packed=self.packed(part))
+            self._weights[network] = counted
         return self._weights[network]
+
+    def packed(self, part: str) -> int:
+        """Returns the bytes of the copies that a CPU keeps of the weights of a network, or of half the autoencoder.
+
+        Args:
+            part: "text_encoder" (none are kept), "transformer", "encoder" or "decoder".
+        """
+        if part not in self._packed:
+            kept, _ = self._split(part, self._build("autoencoder" if part in HALVES else part))
+            self._packed[part] = networks.nbytes(kept)
+        return self._packed[part]
 
     def encode_text(self, prompts: int, *, null: bool = True, tokens: int | None = None) -> int:
         """Returns the peak of encoding texts, above the text encoder's weights.
@@ -89,12 +99,18 @@ class MemoryModel:
             null: whether the null caption is encoded too.
             tokens: of every prompt, the instruction not counted; None: `model_max_length`.
         """
-        from sana.pipelines.memory.texts import encode
+        from sana.models.text_encoder.architectures import encoder_class, instruction_tokens
 
-        length = self._tokens(tokens)
-        with self._tracked("text_encoder") as (tracker, model):
-            with self._mode, tracker:
-                encode(model, self.config, prompts, length, null=null, device=self.device)
+        text = self.config.text_encoder
+        name, limit = text.text_encoder_name, text.model_max_length
+        lengths = Lengths(instruction_tokens(name, text.chi_prompt), self._tokens(tokens), limit)
+        with self._tracked("text_encoder") as (tracker, network), self._mode, tracker:
+            run = TextRun(network, encoder_class(name), lengths, self.device)
+            features = run.encode(prompts)
+            embeds = run.stack(features, prompts)
+            if null:
+                run.stack(run.encode_null(), prompts)
+            del embeds
         return tracker.peak
 
     def denoise(
@@ -142,7 +158,7 @@ class MemoryModel:
             batch: number of pictures.
             tiling: None: every picture is decoded whole.
         """
-        with self._tracked("autoencoder") as (tracker, autoencoder), self._mode, tracker:
+        with self._tracked("decoder") as (tracker, autoencoder), self._mode, tracker:
             autoencoder.tiling = tiling
             latents = torch.empty(
                 batch, autoencoder.latent_channels, *self._latent_size(height, width), device=self.device
@@ -154,7 +170,7 @@ class MemoryModel:
 
     def encode(self, height: int, width: int, batch: int, *, tiling: "Tiling | None" = None) -> int:
         """Returns the peak of encoding pictures to latents, above the autoencoder's weights; see `decode`."""
-        with self._tracked("autoencoder") as (tracker, autoencoder), self._mode, tracker:
+        with self._tracked("encoder") as (tracker, autoencoder), self._mode, tracker:
             autoencoder.tiling = tiling
             images = torch.empty(batch, 3, height, width, device=self.device)
             autoencoder.encode(images)
@@ -179,20 +195,35 @@ class MemoryModel:
             torch.ones(rows, length, dtype=torch.int64, device=self.device),
         )
 
-    def _network(self, name: str) -> nn.Module:
-        if name not in self._networks:
-            module = networks.BUILDERS[name](self.config)
-            with self._mode:
-                networks.give_storage(module, networks.network_dtype(name, self.config, self.dtype), self.device)
-            self._networks[name] = module
-        return self._networks[name]
+    def _build(self, network: str) -> Any:
+        """A network with fake storage; a fresh one for every question, since some keep what they made."""
+        module = networks.build_empty(network, self.config, self.schemes.get(network))
+        with self._mode:
+            networks.give_storage(module, networks.network_dtype(network, self.config, self.dtype), self.device)
+        return module
+
+    def _split(self, part: str, network: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights with and without packed copies; the autoencoder's come after the transformer's."""
+        if self.device != "cpu" or part == "text_encoder":
+            return [], []
+        before = self.packed("transformer") if part in HALVES else 0
+        module = getattr(network, part) if part in HALVES else network
+        return networks.split_packed(module, pack_budget() - before)
 
     @contextmanager
-    def _tracked(self, name: str) -> Iterator[tuple[MemoryTracker, Any]]:
-        network = self._network(name)
-        tracker = MemoryTracker(block=self._block)
+    def _tracked(self, part: str) -> Iterator[tuple[MemoryTracker, Any]]:
+        """Gives a tracker and a network whose weights it does not count."""
+        network = self._build("autoencoder" if part in HALVES else part)
+        kernels = CpuKernels(self._split(part, network)[1]) if self.device == "cpu" else None
+        tracker = MemoryTracker(block=self._block, extra=kernels)
         tracker.ignore(tensor for _, tensor in networks.named_weights(network))
-        with torch.no_grad(), tracker:
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # asked for its identity
+            if self.device == "cuda":
+                stack.enter_context(FusedAttention())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(tracker)
             yield tracker, network
 
     def _flow(

@@ -1,39 +1,109 @@
 """Text encoding on tensors without storage: the calls of `TextEncoder.encode`, whose lengths are given here."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sana.config import SanaConfig
-from sana.models.text_encoder.chi import chi_text
-from sana.models.text_encoder.prefix_cache import MIN_TOKENS, compute_prefix, encode_after, supports_prefix
-
-LETTERS_A_TOKEN = 4  # of English in the vocabularies of Gemma and Qwen, where no tokenizer is at hand
+from sana.models.text_encoder.base import TextEncoder
+from sana.models.text_encoder.prefix_cache import MIN_TOKENS, Prefix, compute_prefix, supports_prefix
 
 
-def encode(model: Any, config: SanaConfig, prompts: int, length: int, *, null: bool, device: str) -> list[Tensor]:
-    """Encodes prompts of `length` tokens, and the null caption.
+@dataclass(frozen=True)
+class Lengths:
+    """Numbers of tokens.
+
+    Attributes:
+        instruction: of the text before every prompt; 0 for none.
+        prompt: of every prompt, as many as the image model sees.
+        limit: `model_max_length`, the length of the null caption.
+    """
+
+    instruction: int
+    prompt: int
+    limit: int
+
+    @property
+    def total(self) -> int:
+        """Tokens that the network sees of one prompt, see `sana.models.text_encoder.chi.token_budget`."""
+        return self.instruction + self.prompt - 2 if self.instruction else self.prompt
+
+
+class TextRun:
+    """Encodes texts of given lengths with a network that has no weights, as a pipeline does.
 
     Args:
-        model: the text encoder's network.
-        config: its section text_encoder is read.
-        prompts: number of prompts.
-        length: of each in tokens, the instruction not counted.
-        null: whether the null caption is encoded too.
-        device: where the network is.
+        network: of transformers.
+        kind: the class that the pipeline puts around it.
+        lengths: of the texts.
+        device: where it is.
     """
-    instruction = len(chi_text(config.text_encoder.chi_prompt)) // LETTERS_A_TOKEN
-    rows = 1 if device == "cpu" else prompts
-    found = []
-    for _ in range(prompts // rows):
-        ids = torch.ones(rows, instruction + length, dtype=torch.int64, device=device)
-        hidden = model(input_ids=ids, attention_mask=ids, use_cache=False).last_hidden_state
-        found.append(hidden[:, -length:].clone())
-    if null:
-        ids = torch.ones(1, config.text_encoder.model_max_length, dtype=torch.int64, device=device)
-        found.append(model(input_ids=ids, attention_mask=ids, use_cache=False).last_hidden_state)
-    return found
 
+    def __init__(self, network: Any, kind: type[TextEncoder], lengths: Lengths, device: str) -> None:
+        self.network = network
+        self.kind = kind
+        self.lengths = lengths
+        self.device = device
+        self.prefix: Prefix | None = None
 
-del MIN_TOKENS, compute_prefix, encode_after, supports_prefix
+    def encode(self, prompts: int) -> list[Tensor]:
+        """Returns the features that a pipeline keeps of prompts: (prompt, C) each."""
+        rows = 1 if self.device == "cpu" else prompts
+        reuse = self.kind.uses_chi and self.kind.causal and self.lengths.instruction > 0
+        reuse = reuse and supports_prefix(self.network.config, self.lengths.total)
+        if reuse and self.lengths.instruction >= MIN_TOKENS:
+            self.prefix = compute_prefix(self.network, self._ones(1, self.lengths.instruction)[0], self._device)
+        found = torch.cat([self._rows(rows, reuse) for _ in range(prompts // rows)])
+        torch.isfinite(found).all()
+        return [row.clone() for row in found]
+
+    def encode_null(self) -> list[Tensor]:
+        """Returns the features that a pipeline keeps of the null caption: (limit, C)."""
+        hidden = self._call(self._ones(1, self.lengths.limit))
+        found = torch.cat([self._selected(hidden, self.lengths.limit)])
+        torch.isfinite(found).all()
+        return [row.clone() for row in found]
+
+    def stack(self, features: list[Tensor], rows: int) -> Tensor:
+        """Returns the features of a batch as the transformer reads them: (rows, L, C)."""
+        embeds = features[0].new_zeros(rows, *features[0].shape)
+        for row in range(rows):
+            embeds[row] = features[row % len(features)]
+        return embeds
+
+    def _rows(self, rows: int, reuse: bool) -> Tensor:
+        total, prompt = self.lengths.total, self.lengths.prompt
+        hidden = self._after_prefix(rows, total) if reuse else self._call(self._ones(rows, total))
+        found = self._selected(hidden, prompt)
+        return found.masked_fill(torch.zeros(rows, prompt, 1, dtype=torch.bool, device=self.device), 0.0)
+
+    def _after_prefix(self, rows: int, total: int) -> Tensor:
+        """The calls of `sana.models.text_encoder.prefix_cache.encode_after`."""
+        prefix = self.prefix or Prefix(self._ones(1, 0)[0], self._ones(1, 0), ())
+        shared = len(prefix.ids)
+        cache, parts = prefix.as_cache(rows, shared), []
+        if shared:
+            parts.append(prefix.hidden.expand(rows, -1, -1))
+        mask = self._ones(rows, total)
+        parts.append(
+            self.network(
+                input_ids=mask[:, shared:], attention_mask=mask, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+        )
+        return torch.cat(parts, dim=1)
+
+    def _call(self, ids: Tensor) -> Tensor:
+        options = {"use_cache": False} if self.kind.causal else {}
+        return self.network(input_ids=ids, attention_mask=ids, **options).last_hidden_state
+
+    @staticmethod
+    def _selected(hidden: Tensor, count: int) -> Tensor:
+        return hidden[:, torch.arange(count, device=hidden.device)]
+
+    def _ones(self, rows: int, length: int) -> Tensor:
+        return torch.ones(rows, length, dtype=torch.int64, device=self.device)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.device)

@@ -1,0 +1,254 @@
+"""Predicted against measured memory of every stage: the networks of a model with empty weights, run for real.
+
+    python tools/measure_memory.py --model asset/models/sana_tiny --height 256 --width 256
+
+On a CPU every allocation that PyTorch's allocator makes while a stage runs is added up (those inside oneDNN too); on a
+GPU `torch.cuda.max_memory_allocated` is read. Nothing is fetched: weights are zeros, and the tokenizer is a stand-in.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sana.config import SanaConfig, load_config
+from sana.models.text_encoder.architectures import LETTERS_A_TOKEN
+from sana.models.text_encoder.base import TextEncoder
+from sana.models.text_encoder.load import _load_tokenizer, _split_folder
+from sana.pipelines.loading import find_model, source_config
+from sana.pipelines.memory import networks
+from sana.pipelines.memory.stages import MemoryModel
+from sana.pipelines.sana_pipeline import SanaPipeline
+from sana.utils.dtype import parse_dtype
+
+STAGES = {"text": "text_encoder", "denoise": "transformer", "decode": "autoencoder", "encode": "autoencoder"}
+PARTS = {"text": "text_encoder", "denoise": "transformer", "decode": "decoder", "encode": "encoder"}
+STEPS = 2  # of sampling: the second holds what every later one holds
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes of one stage: the network's weights, and what is held above them."""
+
+    model: str
+    stage: str
+    network: str
+    height: int
+    width: int
+    batch: int
+    dtype: str
+    device: str
+    predicted_weights: int
+    predicted_stage: int
+    measured_weights: int
+    measured_stage: int
+
+    @property
+    def ratio(self) -> float:
+        """Predicted total over the measured one."""
+        return (self.predicted_weights + self.predicted_stage) / (self.measured_weights + self.measured_stage)
+
+
+class StandInTokenizer:
+    """One token for some letters, as many as the prediction assumes."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1] * (len(text) // LETTERS_A_TOKEN)
+
+    def __call__(self, texts: Sequence[str], *, max_length: int, **_: Any) -> dict[str, torch.Tensor]:
+        lengths = [min(max_length, max(1, len(self.encode(text)))) for text in texts]
+        mask = torch.tensor([[1] * length + [0] * (max_length - length) for length in lengths])
+        return {"input_ids": mask.clone(), "attention_mask": mask}
+
+
+def measured_peak(run: Callable[[], Any], device: str) -> int:
+    """Returns the highest number of bytes that were allocated at a time while `run` ran, above those before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()
+    del kept
+    return peak_of(memory_events(profiler))
+
+
+def memory_events(profiler: Any) -> list[tuple[int, int]]:
+    """Time and signed bytes of every allocation and release on the CPU, in order."""
+    events = profiler.profiler.kineto_results.events()
+    found = [(one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]"]
+    return sorted(found, key=lambda event: event[0])
+
+
+def peak_of(events: Sequence[tuple[int, int]]) -> int:
+    """The highest running sum of allocations and releases."""
+    total = peak = 0
+    for _, size in events:
+        total += size
+        peak = max(peak, total)
+    return peak
+
+
+def load_settings(model: str) -> SanaConfig:
+    """Returns the configuration of a YAML file or of a model folder."""
+    return load_config(model) if Path(model).suffix in (".yaml", ".yml") else source_config(find_model(model))
+
+
+def zeros_for(name: str, config: SanaConfig, dtype: torch.dtype, device: str) -> nn.Module:
+    """Builds a network of a config whose weights are all zero."""
+    network = networks.BUILDERS[name](config)
+    networks.give_storage(network, networks.network_dtype(name, config, dtype), device)
+    for _, tensor in networks.named_weights(network):
+        tensor.zero_()
+    return network
+
+
+def stored_bytes(network: nn.Module) -> int:
+    """Bytes of a network's weights in memory, shared ones once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor for _, tensor in networks.named_weights(network)}
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+class Measurement:
+    """Runs the stages of one model at one size, for real and in the prediction."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.config = load_settings(args.model)
+        self.dtype = parse_dtype(args.dtype)
+        self.model = MemoryModel(self.config, device=args.device, dtype=self.dtype)
+
+    def row(self, stage: str) -> Row:
+        """Predicts and measures one stage."""
+        args, name = self.args, STAGES[stage]
+        weights = self.model.weights(name)
+        predicted = getattr(self, f"predict_{stage}")()
+        network = zeros_for(name, self.config, self.dtype, args.device)
+        held = stored_bytes(network)
+        peak = measured_peak(getattr(self, f"run_{stage}")(network), args.device)
+        size = (args.height, args.width, args.batch, args.dtype, args.device)
+        return Row(
+            args.model, stage, name, *size, weights.total + self.model.packed(PARTS[stage]), predicted, held, peak
+        )
+
+    def predict_text(self) -> int:
+        return self.model.encode_text(self.args.batch)
+
+    def predict_denoise(self) -> int:
+        return self.model.denoise(self.args.height, self.args.width, self.args.batch, steps=STEPS)
+
+    def predict_decode(self) -> int:
+        return self.model.decode(self.args.height, self.args.width, self.args.batch)
+
+    def predict_encode(self) -> int:
+        return self.model.encode(self.args.height, self.args.width, self.args.batch)
+
+    def run_text(self, network: Any) -> Callable[[], Any]:
+        text = self.config.text_encoder
+        kind = self._kind(network)
+        name = Path(text.text_encoder_name)
+        tokenizer = _load_tokenizer(_split_folder(name)[1]) if name.is_dir() else StandInTokenizer()
+        encoder = kind(network, tokenizer, model_max_length=text.model_max_length, chi_prompt=text.chi_prompt)
+        prompts = [f"{index} " + "a red cat, " * text.model_max_length for index in range(self.args.batch)]
+        pipeline = self._pipeline(text_encoder=encoder)
+
+        def run() -> Any:
+            return pipeline.encode_prompts(prompts, trim=True), pipeline.encode_prompts([""], null=True)
+
+        return torch.inference_mode()(run)
+
+    def run_denoise(self, network: Any) -> Callable[[], Any]:
+        pipeline = self._pipeline(transformer=network)
+        pipeline._autoencoder = networks.empty_autoencoder(self.config)  # asked for its sizes only
+        text = self.config.text_encoder
+        shape = (self.args.batch, text.model_max_length, text.caption_channels)
+
+        def run() -> Any:
+            embeds = torch.zeros(shape, dtype=self.dtype, device=self.args.device)
+            return pipeline(
+                prompt_embeds=embeds,
+                prompt_attention_mask=torch.ones(shape[:2], device=self.args.device),
+                negative_prompt_embeds=torch.zeros_like(embeds),
+                height=self.args.height,
+                width=self.args.width,
+                num_inference_steps=STEPS,
+                output_type="latent",
+                use_resolution_binning=False,
+                progress_bar=False,
+            )
+
+        return run
+
+    def run_decode(self, network: Any) -> Callable[[], Any]:
+        pipeline = self._pipeline(autoencoder=network)
+        factor = network.downsample_factor
+        shape = (self.args.batch, network.latent_channels, self.args.height // factor, self.args.width // factor)
+        return lambda: pipeline.decode(torch.zeros(shape, device=self.args.device))
+
+    def run_encode(self, network: Any) -> Callable[[], Any]:
+        shape = (self.args.batch, 3, self.args.height, self.args.width)
+        return torch.no_grad()(lambda: network.encode(torch.zeros(shape, device=self.args.device)))
+
+    def _pipeline(self, **parts: Any) -> SanaPipeline:
+        pipeline = SanaPipeline(self.config, device=self.args.device, dtype=self.dtype)
+        for name, part in parts.items():
+            setattr(pipeline, name, part)
+        return pipeline
+
+    @staticmethod
+    def _kind(network: Any) -> type[TextEncoder]:
+        from sana.models import TEXT_ENCODERS
+
+        return TEXT_ENCODERS[network.config.model_type]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, in MiB."""
+    lines = [f"{'stage':8} {'weights':>21} {'above them':>21} {'total':>21}  predicted / measured"]
+    for row in rows:
+        pairs = (
+            (row.predicted_weights, row.measured_weights),
+            (row.predicted_stage, row.measured_stage),
+            (row.predicted_weights + row.predicted_stage, row.measured_weights + row.measured_stage),
+        )
+        cells = " ".join(f"{one / 2**20:10.1f}{two / 2**20:11.1f}" for one, two in pairs)
+        lines.append(f"{row.stage:8} {cells}  {row.ratio:.3f}")
+    return "\n".join(lines)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="asset/models/sana_tiny", help="a YAML file or a model folder")
+    parser.add_argument("--height", type=int, default=256, help="pixels")
+    parser.add_argument("--width", type=int, default=256, help="pixels")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
+    parser.add_argument("--dtype", default="fp32", help="of the transformer and the text encoder")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    measurement = Measurement(args)
+    rows = [measurement.row(stage) for stage in args.stages]
+    print(table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
