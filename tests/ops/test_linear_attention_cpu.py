@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sana.ops import linear_attention
+from sana.ops.linear_attention import cpu
 from sana.ops.linear_attention.reference import linear_attention_reference
 from tests.tolerance import assert_rms_close
 
@@ -39,3 +40,22 @@ def test_a_row_does_not_depend_on_the_others_bitwise():
     qkv = torch.randn(3, 20, 3 * 32)
     together = linear_attention(qkv, 2)
     assert torch.equal(torch.cat([linear_attention(row, 2) for row in qkv.split(1)]), together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norms", [(), ("q_weight", "k_weight")])
+def test_chunks_of_tokens_give_the_same(monkeypatch, dtype, norms):
+    qkv = torch.randn(2, 37, 3 * 64).to(dtype)
+    options = {name: torch.rand(64).to(dtype) for name in norms}
+    whole = linear_attention(qkv, 2, **options)
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 8 * 64 * qkv.element_size())
+    assert_rms_close(linear_attention(qkv, 2, **options), whole)
+    assert_rms_close(linear_attention(qkv[1:], 2, **options), whole[1:])
+    assert_rms_close(linear_attention(qkv, 2, inplace=True, **options), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tokens_of_4096_pixels_add_up(dtype):
+    qkv = torch.randn(1, 16384, 3 * 64).to(dtype)
+    expected = linear_attention_reference(qkv.double(), 2)
+    assert_rms_close(linear_attention(qkv, 2), expected.to(dtype))

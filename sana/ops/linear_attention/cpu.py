@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+CHUNK_BYTES = 2**24  # queries beyond this are normed and multiplied in chunks of tokens, none of them larger
+
 
 def linear_attention_cpu(
     qkv: Tensor,
@@ -17,7 +19,7 @@ def linear_attention_cpu(
     """`linear_attention_reference` without gradients.
 
     Heads are strided views of the packed tensor, which products of matrices can read; the quotient is written where the
-    next layer wants it.
+    next layer wants it. Only the result is as large as the queries; what else is made of many tokens is made in chunks.
 
     Args:
         qkv, num_heads, eps, q_weight, k_weight, norm_eps: as there; the norm's weights are given together.
@@ -27,19 +29,29 @@ def linear_attention_cpu(
         (B, N, h * d), dtype of `qkv`.
     """
     width = qkv.shape[-1] // 3
+    tokens = max(1, CHUNK_BYTES // (width * qkv.element_size()))  # at once
     both, value = qkv.split([2 * width, width], dim=-1)
     both = (both if inplace else both.clone()).unflatten(-1, (2, width))  # queries and keys (B, N, 2, D)
     if q_weight is not None and k_weight is not None:
-        wide = both.to(torch.promote_types(both.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        wide = wide.mul_(norm.square_().div_(width).add_(norm_eps).rsqrt_())
-        both = wide.mul_(torch.stack([q_weight, k_weight])).to(both.dtype)
+        weights = torch.stack([q_weight, k_weight])
+        for part in both.split(tokens, dim=1):
+            _norm(part, weights, norm_eps)
     query, key = both.relu_().unbind(dim=2)
     out = qkv.new_empty(*qkv.shape[:2], num_heads, width // num_heads)
     for row, result in enumerate(out):
         heads = (part[row].unflatten(-1, (num_heads, -1)).transpose(0, 1) for part in (query, key, value))
         q, k, v = heads  # (h, N, d)
-        numerator = torch.bmm(q, torch.bmm(k.transpose(1, 2), v))
-        denominator = torch.bmm(q, k.sum(dim=1).unsqueeze(-1)).add_(eps)
-        torch.div(numerator.transpose(0, 1), denominator.transpose(0, 1), out=result)
+        key_value, key_sum = torch.bmm(k.transpose(1, 2), v), k.sum(dim=1).unsqueeze(-1)
+        for chunk, quotient in zip(q.split(tokens, dim=1), result.split(tokens), strict=True):
+            numerator, denominator = torch.bmm(chunk, key_value), torch.bmm(chunk, key_sum).add_(eps)
+            torch.div(numerator.transpose(0, 1), denominator.transpose(0, 1), out=quotient)
     return out.flatten(2)
+
+
+def _norm(x: Tensor, weights: Tensor, eps: float) -> None:
+    """RMSNorm of queries and keys (B, N, 2, D) over all heads, in place and computed in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    wide.mul_(norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weights)
+    if wide is not x:
+        x.copy_(wide)
