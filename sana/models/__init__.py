@@ -1,6 +1,6 @@
 """Tables of networks by their official names, and the functions that build one from a config. No layer is here."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sana.registry import Registry
 
@@ -155,13 +155,14 @@ def build_autoencoder(config: "SanaConfig", *, dtype: "torch.dtype | None" = Non
 
 
 def build_text_encoder(
-    config: "SanaConfig", *, dtype: "torch.dtype | None" = None
+    config: "SanaConfig", *, dtype: "torch.dtype | None" = None, **options: Any
 ) -> "TextEncoder | PrecomputedTextEncoder":
     """Loads the text encoder that `config.text_encoder` names.
 
     Args:
         config: the whole config; its section text_encoder is read.
         dtype: dtype of the weights; None means float32.
+        **options: `device` and `quantization` of `load_text_encoder`.
     """
     import torch
 
@@ -173,4 +174,5 @@ def build_text_encoder(
         dtype=dtype or torch.float32,
         model_max_length=text.model_max_length,
         chi_prompt=text.chi_prompt,
+        **options,
     )

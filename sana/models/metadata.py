@@ -50,6 +50,7 @@ class CheckpointMetadata:
         chi_prompt: lines of the complex human instruction put before every prompt; empty for none.
         license: of the weights.
         config: the full `SanaConfig` as a dict; paths in it are relative to the folder of the file.
+        quantization: what `sana.models.quantization.load.to_record` says of quantised weights; empty for exact ones.
     """
 
     arch: dict[str, Any]
@@ -58,6 +59,7 @@ class CheckpointMetadata:
     chi_prompt: list[str] = field(default_factory=list)
     license: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
 
     def to_strings(self) -> dict[str, str]:
         """The string-to-string form that a .safetensors header can hold."""
@@ -70,6 +72,7 @@ class CheckpointMetadata:
             "chi_prompt": json.dumps(self.chi_prompt, ensure_ascii=False),
             "license": self.license,
             "config": json.dumps(self.config, ensure_ascii=False),
+            **({"quantization": json.dumps(self.quantization)} if self.quantization else {}),
         }
 
     @classmethod
@@ -92,6 +95,7 @@ class CheckpointMetadata:
                 chi_prompt=list(json.loads(strings["chi_prompt"])),
                 license=strings.get("license", ""),
                 config=_dict(json.loads(strings["config"])),
+                quantization=_dict(json.loads(strings.get("quantization", "{}"))),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"The metadata of {source} is broken ({type(error).__name__}: {error}).") from error

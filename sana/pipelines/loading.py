@@ -11,6 +11,7 @@ from torch import nn
 from sana.config import SanaConfig, config_from_dict, load_config, validate
 from sana.models import build_autoencoder, build_text_encoder, build_transformer
 from sana.models.autoencoder.base import Autoencoder
+from sana.models.quantization.load import Wanted, fill_transformer
 from sana.models.text_encoder import PrecomputedTextEncoder, TextEncoder
 from sana.models.weights import (
     CheckpointError,
@@ -116,17 +117,31 @@ def _beside(folder: Path, name: str) -> str:
     return str(inside) if name and inside.exists() else name
 
 
-def load_transformer(source: ModelSource, config: SanaConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_transformer(
+    source: ModelSource,
+    config: SanaConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Wanted | None = None,
+) -> nn.Module:
     """Builds the transformer of a config and loads weights into it.
 
     A large network whose parameters are all in the file is built without storage: nothing is initialised in vain.
     Tables that the file lacks, `pos_embed` and the null caption of training, are not read by a sampler.
 
+    Weights that are to be quantised, or are so in the file, are loaded layer by layer: see `fill_transformer`.
+
     Raises:
-        CheckpointError: the weights do not fit the config.
+        CheckpointError: the weights do not fit the config, or are quantised in another way than asked for.
     """
     clip_fp16, _ = fp16_lineage(source.ref, source.metadata, config.model.mixed_precision)
     stored = load_state_dict(source.path, variant=source.variant)
+    record = {} if source.metadata is None else source.metadata.quantization
+    if record or quantization is not None:
+        with torch.device("meta"):
+            empty = build_transformer(config, clip_fp16=clip_fp16)
+        options = {"name": source.ref, "record": record, "wanted": quantization}
+        return fill_transformer(empty, stored, dtype=dtype, device=device, **options)
     # Torch's machinery for networks without storage takes a second to import: more than a small network needs.
     large = sum(tensor.numel() for tensor in stored.values()) > LARGE
     with torch.device("meta" if large else "cpu"):
@@ -150,7 +165,9 @@ def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
 
 
 @torch.inference_mode(False)
-def load_text_encoder(config: SanaConfig, dtype: torch.dtype, device: torch.device) -> AnyTextEncoder:
-    """Loads the text encoder of `config.text_encoder`."""
-    encoder = build_text_encoder(config, dtype=dtype).to(device)
+def load_text_encoder(
+    config: SanaConfig, dtype: torch.dtype, device: torch.device, quantization: Wanted | None = None
+) -> AnyTextEncoder:
+    """Loads the text encoder of `config.text_encoder`, quantised on the way if so told."""
+    encoder = build_text_encoder(config, dtype=dtype, device=device, quantization=quantization)
     return encoder.requires_grad_(False) if isinstance(encoder, nn.Module) else encoder

@@ -110,7 +110,7 @@ class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
         else:
             pipeline = self_or_class
             pipeline.to(device, parse_dtype(dtype) if dtype is not None else None)
-        pipeline.transformer = loading.load_transformer(source, pipeline.config, pipeline.dtype, pipeline.device)
+        pipeline.transformer = pipeline._load_transformer(source)
         pipeline.model_path = str(model_path)
         pipeline._weights_hash = None
         return pipeline
@@ -133,7 +133,7 @@ class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
     def text_encoder(self) -> loading.AnyTextEncoder:
         """The text encoder of `config.text_encoder`; never loaded when every call brings its embeddings."""
         if self._text_encoder is None:
-            self._text_encoder = loading.load_text_encoder(self.config, self.dtype, self.device)
+            self._text_encoder = self._load_text_encoder()
         return self._text_encoder
 
     @text_encoder.setter

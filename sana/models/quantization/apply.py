@@ -54,6 +54,21 @@ def quantize(model: nn.Module, scheme: str, *, keep: Sequence[str] = ()) -> tupl
             does not know or a width that the scheme cannot store, it is quantised already, has no weights, or learns.
         QuantizationUnavailableError: the device or the package is missing.
     """
+    network, chosen = check_quantizable(model, scheme, keep=keep)
+    open_feed_forward(network, chosen)
+    for name in chosen:
+        layer = network.get_submodule(name)
+        replace_module(network, name, QuantizedLinear.from_weight(scheme, _weight(layer), _bias(layer)))
+        del layer  # the exact weight goes before the next one is quantised
+    return chosen
+
+
+def check_quantizable(model: nn.Module, scheme: str, *, keep: Sequence[str] = ()) -> tuple[nn.Module, tuple[str, ...]]:
+    """Makes all the checks of `quantize` and changes nothing; raises what it raises.
+
+    Returns:
+        The network whose layers would be replaced, and their names.
+    """
     network, kind = network_of(model)
     scheme_of(scheme)
     check_patterns(keep)
@@ -62,12 +77,7 @@ def quantize(model: nn.Module, scheme: str, *, keep: Sequence[str] = ()) -> tupl
     chosen = choose_layers(network, kind, scheme, keep)
     _check_state(network, kind)
     require(scheme, _weight(network.get_submodule(chosen[0])).device)
-    open_feed_forward(network, chosen)
-    for name in chosen:
-        layer = network.get_submodule(name)
-        replace_module(network, name, QuantizedLinear.from_weight(scheme, _weight(layer), _bias(layer)))
-        del layer  # the exact weight goes before the next one is quantised
-    return chosen
+    return network, chosen
 
 
 def network_of(model: nn.Module) -> tuple[nn.Module, str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sana.models.checkpoint import CheckpointError
+from sana.models.diffusers_keys import EXTRA_KEYS
 from sana.models.quantization.apply import (
     LARGE_LAYERS,
     Quantization,
@@ -26,7 +27,7 @@ from sana.models.quantization.kernels import require
 from sana.models.quantization.layers import matches, plain_name, table_of
 from sana.models.quantization.linear import QuantizedLinear
 from sana.models.quantization.schemes import SCHEMES
-from sana.models.weights import check_architecture
+from sana.models.weights import IGNORABLE, check_architecture
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,38 @@ class Source:
     tensors: MutableMapping[str, Tensor]
     stored: Quantization | None = None
     optional: tuple[str, ...] = field(default=())
+
+
+def fill_transformer(
+    network: nn.Module,
+    stored: MutableMapping[str, Tensor],
+    *,
+    name: str,
+    record: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Wanted | None,
+) -> nn.Module:
+    """Gives an empty transformer its weights, quantised; see `fill`.
+
+    Args:
+        network: on the meta device, exact.
+        stored: official keys (or those of a quantised file) -> tensors; emptied.
+        name: of the weights, for messages.
+        record: what the file says of its quantised weights; empty for exact ones.
+        dtype: of what stays exact, and of weights before they are quantised.
+        device: where the network goes, layer by layer.
+        wanted: what exact weights become.
+
+    Returns:
+        The network, in evaluation mode and without gradients.
+    """
+    quantization = from_record(record, name) if record else None
+    # Tables that only training reads; a file in diffusers' layout has no place for them.
+    optional = tuple(key for key in (*IGNORABLE, *EXTRA_KEYS) if key in IGNORABLE or key not in stored)
+    source = Source(name, stored, quantization, optional)
+    fill(network, "transformer", source, dtype=dtype, device=device, wanted=wanted)
+    return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from sana.models.text_encoder.precomputed import PrecomputedTextEncoder, load_pr
 from sana.registry import UnknownNameError, suggest
 from sana.utils import hub
 from sana.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from sana.models.quantization.load import Wanted
 
 logger = get_logger(__name__)
 
@@ -58,6 +61,7 @@ def load_text_encoder(
     model_max_length: int = 300,
     chi_prompt: str | Sequence[str | None] | None = (),
     tokenizer_path: str | Path | None = None,
+    quantization: "Wanted | None" = None,
 ) -> TextEncoder | PrecomputedTextEncoder:
     """Loads a text encoder with its tokenizer.
 
@@ -69,12 +73,15 @@ def load_text_encoder(
         model_max_length: L, the number of tokens the image model sees.
         chi_prompt: the complex human instruction, one string or its lines.
         tokenizer_path: folder of the tokenizer when it is not beside the weights.
+        quantization: what its large weights become, layer by layer; not of a file of embeddings.
 
     Raises:
         TextEncoderError: it cannot be fetched (said before anything large is fetched), or the folder holds none.
         UnknownNameError: no such official name, and no path or hub id either.
     """
     from sana.models import TEXT_ENCODERS
+    from sana.models.quantization.apply import quantize
+    from sana.models.quantization.text import load_network
 
     if str(name_or_path).endswith(".safetensors"):
         precomputed = load_prompt_embeds(name_or_path, dtype=dtype, device=device)
@@ -89,14 +96,18 @@ def load_text_encoder(
         raise TextEncoderError(f"{weights} holds a {model_type!r} network; known text encoders are {known}.")
     encoder_class = TEXT_ENCODERS[model_type]
     logger.info("loading the text encoder %s from %s", name_or_path, folder)
+    network = load_network(encoder_class, weights, dtype, torch.device(device), quantization)
     encoder = encoder_class(
-        _load_model(encoder_class, weights, dtype),
+        _load_model(encoder_class, weights, dtype) if network is None else network,
         _load_tokenizer(tokenizer_folder),
         model_max_length=model_max_length,
         chi_prompt=chi_prompt,
         name=str(name_or_path),
     )
-    return encoder.to(device).eval()
+    encoder = encoder.to(device).eval()
+    if network is None and quantization is not None:
+        quantize(encoder.requires_grad_(False), quantization.scheme, keep=quantization.keep)
+    return encoder
 
 
 def find_text_encoder(name_or_path: str | Path) -> Path:
