@@ -117,12 +117,13 @@ def transformer_arguments(config: "SanaConfig") -> dict[str, object]:
     return arguments
 
 
-def build_autoencoder(config: "SanaConfig", *, dtype: "torch.dtype | None" = None) -> "Autoencoder":
-    """Loads the autoencoder that `config.vae` names, in eval mode on the CPU.
+def build_autoencoder(config: "SanaConfig", *, dtype: "torch.dtype | None" = None, **options: Any) -> "Autoencoder":
+    """Loads the autoencoder that `config.vae` names, in eval mode.
 
     Args:
         config: the whole config; its section vae is read.
         dtype: dtype of the weights; None takes `vae.weight_dtype`.
+        **options: `device` and `mapped` of `load_autoencoder`.
 
     Raises:
         ConfigError: what was loaded is not what the config's vae section describes.
@@ -139,6 +140,7 @@ def build_autoencoder(config: "SanaConfig", *, dtype: "torch.dtype | None" = Non
         vae.vae_pretrained,
         dtype=parse_dtype(vae.weight_dtype) if dtype is None else dtype,
         sample_posterior=vae.sample_posterior,
+        **options,
     )
     if not isinstance(autoencoder, network):
         raise ConfigError(
@@ -162,7 +164,7 @@ def build_text_encoder(
     Args:
         config: the whole config; its section text_encoder is read.
         dtype: dtype of the weights; None means float32.
-        **options: `device` and `quantization` of `load_text_encoder`.
+        **options: `device`, `quantization` and `runs_on` of `load_text_encoder`.
     """
     import torch
 

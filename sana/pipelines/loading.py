@@ -11,7 +11,7 @@ from torch import nn
 from sana.config import SanaConfig, config_from_dict, load_config, validate
 from sana.models import build_autoencoder, build_text_encoder, build_transformer
 from sana.models.autoencoder.base import Autoencoder
-from sana.models.quantization.load import Wanted, fill_transformer
+from sana.models.quantization.load import Target, Wanted, fill_transformer
 from sana.models.text_encoder import PrecomputedTextEncoder, TextEncoder
 from sana.models.weights import (
     CheckpointError,
@@ -123,11 +123,13 @@ def load_transformer(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Wanted | None = None,
+    runs_on: torch.device | None = None,
 ) -> nn.Module:
     """Builds the transformer of a config and loads weights into it.
 
-    A large network whose parameters are all in the file is built without storage: nothing is initialised in vain.
-    Tables that the file lacks, `pos_embed` and the null caption of training, are not read by a sampler.
+    A large network whose parameters are all in the file is built without storage: nothing is initialised in vain, and
+    on a CPU tensors that have the dtype are read where they lie, in the mapped file. Tables that the file lacks,
+    `pos_embed` and the null caption of training, are not read by a sampler.
 
     Weights that are to be quantised, or are so in the file, are loaded layer by layer: see `fill_transformer`.
 
@@ -140,8 +142,8 @@ def load_transformer(
     if record or quantization is not None:
         with torch.device("meta"):
             empty = build_transformer(config, clip_fp16=clip_fp16)
-        options = {"name": source.ref, "record": record, "wanted": quantization}
-        return fill_transformer(empty, stored, dtype=dtype, device=device, **options)
+        target = Target(dtype, device, runs_on or device, quantization)
+        return fill_transformer(empty, stored, name=source.ref, record=record, target=target)
     # Torch's machinery for networks without storage takes a second to import: more than a small network needs.
     large = sum(tensor.numel() for tensor in stored.values()) > LARGE
     with torch.device("meta" if large else "cpu"):
@@ -153,21 +155,25 @@ def load_transformer(
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, torch.zeros(table.shape, dtype=table.dtype))
     model = model.to(dtype)
-    load_weights(model, source.path, variant=source.variant, state=stored)
+    load_weights(model, source.path, variant=source.variant, state=stored, inference_device=device)
     return model.to(device).eval().requires_grad_(False)
 
 
 @torch.inference_mode(False)  # loaded in the middle of a call, its tensors must stay usable outside
 def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
     """Loads the autoencoder of `config.vae` in `vae.weight_dtype`."""
-    autoencoder = build_autoencoder(config, dtype=parse_dtype(config.vae.weight_dtype))
-    return autoencoder.to(device).eval().requires_grad_(False)
+    autoencoder = build_autoencoder(config, dtype=parse_dtype(config.vae.weight_dtype), device=device, mapped=True)
+    return autoencoder.eval().requires_grad_(False)
 
 
 @torch.inference_mode(False)
 def load_text_encoder(
-    config: SanaConfig, dtype: torch.dtype, device: torch.device, quantization: Wanted | None = None
+    config: SanaConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Wanted | None = None,
+    runs_on: torch.device | None = None,
 ) -> AnyTextEncoder:
     """Loads the text encoder of `config.text_encoder`, quantised on the way if so told."""
-    encoder = build_text_encoder(config, dtype=dtype, device=device, quantization=quantization)
+    encoder = build_text_encoder(config, dtype=dtype, device=device, quantization=quantization, runs_on=runs_on)
     return encoder.requires_grad_(False) if isinstance(encoder, nn.Module) else encoder

@@ -61,9 +61,11 @@ class Quantizable:
                 already = self._quantization[name].scheme
                 raise ValueError(f"quantize() was called already: the {label(name)} is or becomes {already}.")
             if name in loaded:
-                check_quantizable(loaded[name], want.scheme, keep=want.keep)
+                check_quantizable(loaded[name], want.scheme, keep=want.keep, device=self.device)
+        pipeline: Any = self
         for name, network in loaded.items():
-            quantize(network, wanted[name].scheme, keep=wanted[name].keep)
+            with pipeline.detached(name):
+                quantize(network, wanted[name].scheme, keep=wanted[name].keep, device=self.device)
         self._quantization = {**self._quantization, **wanted}
         self._weights_hash = None
         self.text_features.clear()
@@ -82,13 +84,15 @@ class Quantizable:
 
     def _load_transformer(self, source: loading.ModelSource) -> nn.Module:
         """Returns the transformer of weights that were found, quantised if so asked."""
+        pipeline: Any = self
         wanted = self._quantization.get("transformer")
-        return loading.load_transformer(source, self.config, self.dtype, self.device, wanted)
+        return loading.load_transformer(source, self.config, self.dtype, pipeline.load_device, wanted, self.device)
 
     def _load_text_encoder(self) -> loading.AnyTextEncoder:
         """Returns the config's text encoder, quantised if so asked."""
+        pipeline: Any = self
         wanted = self._quantization.get("text_encoder")
-        return loading.load_text_encoder(self.config, self.dtype, self.device, wanted)
+        return loading.load_text_encoder(self.config, self.dtype, pipeline.load_device, wanted, self.device)
 
 
 def _wanted(transformer: str | None, text_encoder: str | None, keep: Sequence[str]) -> dict[str, Wanted]:

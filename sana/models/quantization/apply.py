@@ -34,17 +34,20 @@ class Quantization:
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, scheme: str, *, keep: Sequence[str] = ()) -> tuple[str, ...]:
+def quantize(
+    model: nn.Module, scheme: str, *, keep: Sequence[str] = (), device: torch.device | None = None
+) -> tuple[str, ...]:
     """Replaces, in place, the large linear layers of a network by quantised ones; all of them or none.
 
     Layers are quantised one by one on the CPU (int4: on the GPU), so that little more memory is needed than before, and
     the bits do not depend on the machine. Weights are quantised as they are, in the dtype they were loaded in.
 
     Args:
-        model: a Sana transformer or a `TextEncoder`, with weights, in evaluation mode, on the device it will run on.
+        model: a Sana transformer or a `TextEncoder`, with weights, in evaluation mode.
         scheme: "int8" (weights only), "int8-dynamic" (weights and inputs), "int4" (CUDA), "nf4" (bitsandbytes) or "fp8"
             (Hopper); see `SCHEMES`.
         keep: patterns (`fnmatch`) of layers that stay exact beside those of `LAYERS`, for example "blocks.0.*".
+        device: where it will run; None: where its weights lie.
 
     Returns:
         Names of the replaced layers: `blocks.0.attn.qkv`, or `layers.0.mlp.up_proj` within `TextEncoder.model`.
@@ -54,16 +57,18 @@ def quantize(model: nn.Module, scheme: str, *, keep: Sequence[str] = ()) -> tupl
             does not know or a width that the scheme cannot store, it is quantised already, has no weights, or learns.
         QuantizationUnavailableError: the device or the package is missing.
     """
-    network, chosen = check_quantizable(model, scheme, keep=keep)
+    network, chosen = check_quantizable(model, scheme, keep=keep, device=device)
     open_feed_forward(network, chosen)
     for name in chosen:
         layer = network.get_submodule(name)
-        replace_module(network, name, QuantizedLinear.from_weight(scheme, _weight(layer), _bias(layer)))
+        replace_module(network, name, QuantizedLinear.from_weight(scheme, _weight(layer), _bias(layer), device))
         del layer  # the exact weight goes before the next one is quantised
     return chosen
 
 
-def check_quantizable(model: nn.Module, scheme: str, *, keep: Sequence[str] = ()) -> tuple[nn.Module, tuple[str, ...]]:
+def check_quantizable(
+    model: nn.Module, scheme: str, *, keep: Sequence[str] = (), device: torch.device | None = None
+) -> tuple[nn.Module, tuple[str, ...]]:
     """Makes all the checks of `quantize` and changes nothing; raises what it raises.
 
     Returns:
@@ -76,7 +81,7 @@ def check_quantizable(model: nn.Module, scheme: str, *, keep: Sequence[str] = ()
         raise ValueError(f"The {label(kind)} is quantised to {found.scheme} already, which cannot be undone.")
     chosen = choose_layers(network, kind, scheme, keep)
     _check_state(network, kind)
-    require(scheme, _weight(network.get_submodule(chosen[0])).device)
+    require(scheme, device or _weight(network.get_submodule(chosen[0])).device)
     return network, chosen
 
 

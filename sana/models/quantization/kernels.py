@@ -217,7 +217,7 @@ KERNELS = {
 }
 
 
-def pack(name: str, weight: Tensor) -> Parts:
+def pack(name: str, weight: Tensor, on: torch.device | None = None) -> Parts:
     """Returns the stored tensors of a weight, on its device.
 
     They are computed on the CPU where the scheme allows it, so that they have the same bits on every machine.
@@ -225,12 +225,13 @@ def pack(name: str, weight: Tensor) -> Parts:
     Args:
         name: of the scheme.
         weight: (N, K) or (N, K, 1, 1), float32, float16 or bfloat16.
+        on: device that the scheme runs on, for schemes that can be packed nowhere else; None: that of the weight.
 
     Raises:
         ValueError: the scheme cannot store this shape.
     """
     check_shape(weight.shape, SCHEMES[name])
     kernel = KERNELS[name]
-    source = weight.detach().flatten(1)
-    parts = kernel.pack(source if kernel.pack_on else source.cpu())
+    where = (on or weight.device) if kernel.pack_on else torch.device("cpu")
+    parts = kernel.pack(weight.detach().flatten(1).to(where))
     return tuple(part.to(weight.device) for part in parts)

@@ -10,6 +10,8 @@ from sana.models.quantization.kernels import KERNELS, pack
 from sana.models.quantization.schemes import SCHEMES, check_shape
 from sana.models.transformer.mix_ffn import ConvLayer, Grid, MixFFN
 from sana.ops import linear
+from sana.ops.backend import choose
+from sana.ops.mix_ffn.cpu import chunk_rows
 from sana.ops.mix_ffn.reference import depthwise_conv, to_image, to_tokens
 
 
@@ -37,14 +39,16 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
-    def from_weight(cls, scheme: str, weight: Tensor, bias: Tensor | None) -> "QuantizedLinear":
-        """Quantises a weight (N, K) or (N, K, 1, 1); the layer is on its device.
+    def from_weight(
+        cls, scheme: str, weight: Tensor, bias: Tensor | None, on: torch.device | None = None
+    ) -> "QuantizedLinear":
+        """Quantises a weight (N, K) or (N, K, 1, 1); the layer is on its device, and computes `on` another if so told.
 
         Raises:
             ValueError: the scheme cannot store this shape.
         """
         shape = check_shape(weight.shape, SCHEMES[scheme])
-        return QuantizedLinear(scheme, shape, pack(scheme, weight), bias)
+        return QuantizedLinear(scheme, shape, pack(scheme, weight, on), bias)
 
     @classmethod
     def empty(cls, scheme: str, weight: Tensor, bias: Tensor | None) -> "QuantizedLinear":
@@ -105,8 +109,28 @@ class QuantizedMixFFN(nn.Module):
         self.train(exact.training)
 
     def forward(self, x: Tensor, HW: Grid) -> Tensor:
-        """(B, N, D) -> (B, N, D); HW is the grid of the N tokens."""
-        gated = self.gate(self.act(_over_tokens(self.inverted_conv, x)), HW)
+        """(B, N, D) -> (B, N, D); HW is the grid of the N tokens. On a CPU a large image goes through in parts."""
+        height, width = HW
+        reach = self.depth_conv.weight_bias[0].shape[-1] // 2 * self.dilation
+        rows = height
+        if choose("auto", x) == "cpu":
+            rows = chunk_rows(HW, self.depth_conv.weight_bias[0].shape[0] // 2 * x.element_size(), reach)
+        if rows >= height:
+            return self._whole(x, HW, slice(None))
+        images = []
+        for image in x.split(1):  # an image is cut by its own size alone, so that its bits depend on no other one
+            parts = []
+            for top in range(0, height, rows):
+                bottom = min(top + rows, height)
+                low, high = max(top - reach, 0), min(bottom + reach, height)  # what the convolution reads
+                kept = slice((top - low) * width, (bottom - low) * width)
+                parts.append(self._whole(image[:, low * width : high * width], (high - low, width), kept))
+            images.append(torch.cat(parts, dim=1))
+        return torch.cat(images)
+
+    def _whole(self, x: Tensor, HW: Grid, kept: slice) -> Tensor:
+        """`forward` of a grid at once, of which some tokens are kept."""
+        gated = self.gate(self.act(_over_tokens(self.inverted_conv, x)), HW)[:, kept]
         return self.out_act(_over_tokens(self.point_conv, gated))
 
     def gate(self, expanded: Tensor, HW: Grid) -> Tensor:

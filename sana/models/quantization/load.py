@@ -39,6 +39,23 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a network is to be.
+
+    Attributes:
+        dtype: of what stays exact, and of weights before they are quantised.
+        device: where it goes, layer by layer.
+        runs_on: where it computes; another device under offload.
+        wanted: what exact weights become. Of quantised ones it has to be what they are.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    runs_on: torch.device
+    wanted: Wanted | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Exact or quantised weights that were found.
 
@@ -61,9 +78,7 @@ def fill_transformer(
     *,
     name: str,
     record: Mapping[str, Any],
-    dtype: torch.dtype,
-    device: torch.device,
-    wanted: Wanted | None,
+    target: Target,
 ) -> nn.Module:
     """Gives an empty transformer its weights, quantised; see `fill`.
 
@@ -72,9 +87,7 @@ def fill_transformer(
         stored: official keys (or those of a quantised file) -> tensors; emptied.
         name: of the weights, for messages.
         record: what the file says of its quantised weights; empty for exact ones.
-        dtype: of what stays exact, and of weights before they are quantised.
-        device: where the network goes, layer by layer.
-        wanted: what exact weights become.
+        target: what it is to be.
 
     Returns:
         The network, in evaluation mode and without gradients.
@@ -83,42 +96,39 @@ def fill_transformer(
     # Tables that only training reads; a file in diffusers' layout has no place for them.
     optional = tuple(key for key in (*IGNORABLE, *EXTRA_KEYS) if key in IGNORABLE or key not in stored)
     source = Source(name, stored, quantization, optional)
-    fill(network, "transformer", source, dtype=dtype, device=device, wanted=wanted)
+    fill(network, "transformer", source, target)
     return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def fill(
-    network: nn.Module, kind: str, source: Source, *, dtype: torch.dtype, device: torch.device, wanted: Wanted | None
-) -> None:
+def fill(network: nn.Module, kind: str, source: Source, target: Target) -> None:
     """Gives an empty network its weights, those of large layers quantised.
 
     Args:
         network: on the meta device, exact; tables that no file holds may be real.
         kind: "transformer" or "text_encoder".
         source: where weights come from.
-        dtype: of what stays exact, and of weights before they are quantised.
-        device: where the network goes, layer by layer.
-        wanted: what exact weights become. Of quantised ones it has to be what they are.
+        target: what it is to be.
 
     Raises:
         CheckpointError: keys, shapes or dtypes do not fit, or the weights are quantised in another way.
         ValueError: see `quantize`.
         QuantizationUnavailableError: see `quantize`.
     """
+    wanted = target.wanted
     if source.stored is not None:
         _check_wanted(network, kind, source, wanted)
-        require(source.stored.scheme, device)
+        require(source.stored.scheme, target.runs_on)
         _check_layers(network, kind, source.stored, source.name)
         empty_layers(network, source.stored)
         _check(network, source)
     else:
         assert wanted is not None, "an exact file is quantised here, or loaded elsewhere"
         chosen = choose_layers(network, kind, wanted.scheme, wanted.keep)
-        require(wanted.scheme, device)
+        require(wanted.scheme, target.runs_on)
         _check(network, source)
-        _quantize_layers(network, Quantization(wanted.scheme, chosen), source, dtype, device)
-    _assign_rest(network, source, dtype, device)
+        _quantize_layers(network, Quantization(wanted.scheme, chosen), source, target)
+    _assign_rest(network, source, target.dtype, target.device)
 
 
 def to_record(network: nn.Module, kind: str) -> dict[str, Any]:
@@ -198,20 +208,16 @@ def _is_stored(network: nn.Module, key: str) -> bool:
     return isinstance(module, QuantizedLinear) and leaf in module.stored
 
 
-def _quantize_layers(
-    network: nn.Module, chosen: Quantization, source: Source, dtype: torch.dtype, device: torch.device
-) -> None:
+def _quantize_layers(network: nn.Module, chosen: Quantization, source: Source, target: Target) -> None:
     """Takes the weights of the chosen layers out of the source, and puts them quantised into the network."""
     keys = {layer: weight_key(network, layer) for layer in chosen.layers}
     open_feed_forward(network, chosen.layers)
     for layer, key in keys.items():
-        weight = source.tensors.pop(key).to(dtype)
+        weight = source.tensors.pop(key).to(target.dtype)
         bias = source.tensors.pop(f"{key.removesuffix('weight')}bias", None)
-        bias = None if bias is None else _owned(bias, dtype, torch.device("cpu"))
-        if SCHEMES[chosen.scheme].devices == ("cuda",):
-            weight = weight.to(device)
-        made = QuantizedLinear.from_weight(chosen.scheme, weight, bias)
-        replace_module(network, layer, made.to(device))
+        bias = None if bias is None else _owned(bias, target.dtype, torch.device("cpu"))
+        made = QuantizedLinear.from_weight(chosen.scheme, weight, bias, target.runs_on)
+        replace_module(network, layer, made.to(target.device))
 
 
 def _assign_rest(network: nn.Module, source: Source, dtype: torch.dtype, device: torch.device) -> None:

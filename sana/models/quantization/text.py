@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from sana.models.checkpoint import CheckpointError
 from sana.models.metadata import write_safetensors
-from sana.models.quantization.load import Source, Wanted, fill, from_record, to_record
+from sana.models.quantization.load import Source, Target, fill, from_record, to_record
 from sana.models.text_encoder.base import TextEncoder
 from sana.models.text_encoder.streamed import StoredTensors, empty_network, weight_files
 from sana.utils.logging import get_logger
@@ -37,17 +36,13 @@ def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
     write_safetensors(folder / STORED, network.state_dict(), record)
 
 
-def load_network(
-    encoder_class: type[TextEncoder], folder: Path, dtype: torch.dtype, device: torch.device, wanted: Wanted | None
-) -> nn.Module | None:
+def load_network(encoder_class: type[TextEncoder], folder: Path, target: Target) -> nn.Module | None:
     """Loads the network of a text encoder that is or becomes quantised.
 
     Args:
         encoder_class: its kind.
         folder: in transformers' layout, or one of `save_text_encoder`.
-        dtype: of what stays exact, and of weights before they are quantised.
-        device: where it runs.
-        wanted: what exact weights become.
+        target: what it is to be.
 
     Returns:
         The network, in evaluation mode and without gradients; None where it has to be loaded as a whole first: exact
@@ -58,14 +53,12 @@ def load_network(
         ValueError, QuantizationUnavailableError: see `quantize`.
     """
     stored = (folder / STORED).is_file()
-    if not stored and wanted is None:
+    if not stored and target.wanted is None:
         return None
     tensors = StoredTensors([folder / STORED] if stored else weight_files(folder))
-    network = empty_network(encoder_class, folder, dtype)
+    network = empty_network(encoder_class, folder, target.dtype)
     if not stored and set(tensors) != set(network.state_dict()):
-        logger.info(
-            "%s is loaded as a whole, then quantised: its files are not laid out like the network", folder
-        )
+        logger.info("%s is loaded as a whole, then quantised: its files are not laid out like the network", folder)
         return None
     record = None
     if stored:
@@ -74,6 +67,6 @@ def load_network(
         except (KeyError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder / STORED} does not say how it is quantised; make it anew.") from error
     source = Source(str(folder), tensors, record)
-    fill(network, "text_encoder", source, dtype=dtype, device=device, wanted=wanted)
+    fill(network, "text_encoder", source, target)
     network.tie_weights()  # type: ignore[operator]  # T5 has its embedding under two names
     return network.eval().requires_grad_(False)

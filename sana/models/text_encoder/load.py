@@ -62,6 +62,7 @@ def load_text_encoder(
     chi_prompt: str | Sequence[str | None] | None = (),
     tokenizer_path: str | Path | None = None,
     quantization: "Wanted | None" = None,
+    runs_on: torch.device | None = None,
 ) -> TextEncoder | PrecomputedTextEncoder:
     """Loads a text encoder with its tokenizer.
 
@@ -69,11 +70,12 @@ def load_text_encoder(
         name_or_path: an official name ("gemma-2-2b-it"), hub id, hf:// reference, local folder, or a `.safetensors`
             file written by `save_prompt_embeds` (then no network is needed).
         dtype: of the weights and embeddings; the released models used bfloat16.
-        device: where it runs.
+        device: where it goes.
         model_max_length: L, the number of tokens the image model sees.
         chi_prompt: the complex human instruction, one string or its lines.
         tokenizer_path: folder of the tokenizer when it is not beside the weights.
         quantization: what its large weights become, layer by layer; not of a file of embeddings.
+        runs_on: where it computes; None for `device`.
 
     Raises:
         TextEncoderError: it cannot be fetched (said before anything large is fetched), or the folder holds none.
@@ -81,6 +83,7 @@ def load_text_encoder(
     """
     from sana.models import TEXT_ENCODERS
     from sana.models.quantization.apply import quantize
+    from sana.models.quantization.load import Target
     from sana.models.quantization.text import load_network
 
     if str(name_or_path).endswith(".safetensors"):
@@ -96,7 +99,8 @@ def load_text_encoder(
         raise TextEncoderError(f"{weights} holds a {model_type!r} network; known text encoders are {known}.")
     encoder_class = TEXT_ENCODERS[model_type]
     logger.info("loading the text encoder %s from %s", name_or_path, folder)
-    network = load_network(encoder_class, weights, dtype, torch.device(device), quantization)
+    device = torch.device(device)
+    network = load_network(encoder_class, weights, Target(dtype, device, runs_on or device, quantization))
     encoder = encoder_class(
         _load_model(encoder_class, weights, dtype) if network is None else network,
         _load_tokenizer(tokenizer_folder),
@@ -106,7 +110,8 @@ def load_text_encoder(
     )
     encoder = encoder.to(device).eval()
     if network is None and quantization is not None:
-        quantize(encoder.requires_grad_(False), quantization.scheme, keep=quantization.keep)
+        encoder.requires_grad_(False)
+        quantize(encoder, quantization.scheme, keep=quantization.keep, device=runs_on)
     return encoder
 
 
