@@ -4,7 +4,8 @@ python scripts/inference.py                                    (the bundled mode
 python scripts/inference.py --config=x.yaml --model_path=hf://owner/repo/weights.pth --txt_file=prompts.txt
 
 Pictures that are already there by the very same recipe are skipped, so a stopped run goes on when it is started again.
-Exit codes: 0 done, 1 failure (weights, network, disk, numbers), 2 wrong usage (options, prompt file, config).
+Exit codes: 0 done, 1 failure (weights, network, disk, numbers), 2 wrong usage (options, prompt file, config),
+3 nothing was loaded, because the pictures do not fit into --max_vram.
 """
 
 import argparse
@@ -30,6 +31,11 @@ def numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"must be numbers such as [0,1], not {text!r}") from None
 
 
+def tiles(text: str) -> bool | int:
+    """Reads true, false, or the side of a tile in pixels."""
+    return int(text) if text.isdecimal() else truth(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser; an option that was not given is absent from its result."""
     parser = argparse.ArgumentParser(
@@ -40,9 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", help="YAML of the model; not needed where the weights say what they are")
     add("--model_path", help="weights: path, hf://owner/repo/path, hub id or URL (default: asset/models/sana_tiny)")
-    add(
-        "--txt_file", help="prompts, one a line, --ar 1:2 or --hw 512:1024 at its end (default: asset/samples_mini.txt)"
-    )
+    add("--txt_file", help="prompts, one a line, with --ar 1:2 or --hw 512:1024 (default: asset/samples_mini.txt)")
     add("--json_file", help='{"id": {"prompt": ..., "seed": ..., "height": ..., "width": ..., "negative_prompt": ...}}')
     add("--work_dir", help="folder of the pictures (default: output/inference/<model>)")
     add("--version", help="accepted as in the released script; has no effect")
@@ -68,6 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--if_save_dirname", **flag, help="write the folder's name to dirname.txt beside it")
     add("--dtype", help="fp32, bf16 or fp16 (default: fp32 on a CPU, else the config's)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one)")
+    add("--use_resolution_binning", **flag, help="make the nearest trained shape, resize and crop it (default: true)")
+    add("--upscale_from", type=int, metavar="SIDE", help="start from a small picture of about SIDE x SIDE pixels")
+    add("--upscale_strength", type=float, help="noise in (0, 1) at which the large one starts; less keeps more")
+    add("--step_cache", type=float, help="approximation: steps reuse a prediction; about 0.1 to 0.3 (default: 0, off)")
+    add("--max_text_tokens", type=int, help="approximation: only the first so many tokens of a prompt are read")
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--max_vram", metavar="8GB", help="plan tiles, offload, weights and calls; exit code 3 where nothing fits")
+    add("--quantization", metavar="SCHEME", help="of the transformer: none, int8, int8-dynamic, int4, nf4 or fp8")
+    add("--text_quantization", metavar="SCHEME", help="of the text encoder, by the same names")
+    add("--offload", help="where weights wait on the CPU: none, model, group or sequential; the same pictures")
+    add("--vae_tiling", **flag | {"type": tiles, "metavar": "SIDE"}, help="decode in tiles (of SIDE pixels); exact")
+    add("--compile", help="off, regional, graph or max; the last two need a CUDA GPU (default: off)")
     return parser
 
 

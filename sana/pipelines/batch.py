@@ -7,29 +7,30 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from sana.models.text_encoder import require_text_encoder
 from sana.pipelines import inputs, loading
-from sana.pipelines.images import contact_sheet, read_recipe, save_png
+from sana.pipelines.batch_memory import apply_settings, plan_memory, planned_options, scheme
+from sana.pipelines.images import contact_sheet, read_recipe, save_png, to_pil
 from sana.pipelines.options import BUNDLED_PROMPTS, InferenceOptions, bundled
 from sana.pipelines.prompts import PromptItem, read_prompts, safe_name
 from sana.pipelines.recipe import Recipe, environment
 from sana.pipelines.sana_pipeline import DEFAULT_STEPS, SanaPipeline
+from sana.pipelines.upscale import DEFAULT_STRENGTH, small_size
 from sana.utils import distributed
 from sana.utils.dtype import dtype_name
 from sana.utils.logging import get_logger
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 logger = get_logger(__name__)
 
 DEFAULT_WORK_DIR = "output/inference"
 DEBUG_PROMPTS = 2
 INDEX_LIMIT = 400  # pictures on the index sheet
+STRIP = 128  # rows of a picture that become 8-bit numbers at once
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def choose_device(options: InferenceOptions) -> str | None:
     return f"cuda:{index}"
 
 
-def open_pipeline(options: InferenceOptions) -> SanaPipeline:
-    """Returns the pipeline with weights that the options name.
+def name_pipeline(options: InferenceOptions) -> tuple[SanaPipeline, str]:
+    """Returns the pipeline that the options name, without weights, and where its weights are.
 
     Raises:
         ConfigError, FetchError, CheckpointError: config or weights are missing or broken.
@@ -113,10 +114,32 @@ def open_pipeline(options: InferenceOptions) -> SanaPipeline:
         weights = weights or config.model.load_from
         if not weights:
             raise ValueError(f"{options.config} names no weights (model.load_from); give --model_path.")
-        pipeline = SanaPipeline(config, device=device, dtype=options.dtype)
         require_text_encoder(config.text_encoder.text_encoder_name)  # said before anything large is fetched
-        return pipeline.from_pretrained(weights)
-    return SanaPipeline.from_pretrained(weights, device=device, dtype=options.dtype)
+    else:
+        assert weights is not None
+        config = loading.source_config(loading.find_model(weights))
+    pipeline = SanaPipeline(config, device=device, dtype=options.dtype)
+    pipeline.compile(options.compile)
+    return pipeline, weights
+
+
+def open_pipeline(options: InferenceOptions, items: Sequence[PromptItem]) -> tuple[SanaPipeline, InferenceOptions]:
+    """Returns the pipeline that the options name, with weights and settings of memory, and the options as planned.
+
+    Args:
+        options: of the run.
+        items: its prompts; the largest of their pictures must fit.
+
+    Raises:
+        ConfigError, FetchError, CheckpointError: config or weights are missing or broken.
+        ValueError: a size is impossible or a setting cannot take effect; nothing was loaded.
+        MemoryLimitError: the pictures do not fit; nothing was loaded.
+    """
+    pipeline, weights = name_pipeline(options)
+    sizes = [image_size(item, options, pipeline) for item in items]
+    plan = plan_memory(pipeline, options, sizes)
+    apply_settings(pipeline, options, plan)
+    return pipeline.from_pretrained(weights), planned_options(options, plan)
 
 
 def plan_tasks(
@@ -129,10 +152,9 @@ def plan_tasks(
     """
     tasks = []
     for index, item, name in items:
-        height, width = _size(item, options, pipeline)
-        recipe = make_recipe(
-            pipeline, options, item, height=height, width=width, seed=item_seed(item, options.seed, index)
-        )
+        size = image_size(item, options, pipeline)
+        seed = item_seed(item, options.seed, index)
+        recipe = make_recipe(pipeline, options, item, height=size.height, width=size.width, seed=seed)
         tasks.append(Task(item, recipe, folder / f"{name}_{recipe.hash[:8]}.png"))
     return tasks
 
@@ -160,13 +182,22 @@ def make_recipe(
         pag_scale=float(options.pag_scale),
         interval_guidance=(float(low), float(high)),
         flow_shift=float(pipeline.config.scheduler.flow_shift),
-        use_resolution_binning=True,
+        use_resolution_binning=options.binning,
         dtype=dtype_name(pipeline.dtype),
         weights=pipeline.weights_hash(),
+        step_cache=float(options.step_cache),
+        max_text_tokens=options.max_text_tokens,
+        upscale_from=options.upscale_from,
+        upscale_strength=None if options.upscale_from is None else options.upscale_strength or DEFAULT_STRENGTH,
+        quantization=scheme(options.quantization),
+        text_quantization=scheme(options.text_quantization),
+        compile=options.compile,
         made_with={
             "model_path": options.model_path,
             "config": options.config,
             "overrides": list(options.overrides),
+            "offload": options.offload,
+            "vae_tiling": options.vae_tiling,
             **environment(pipeline.device),
         },
     )
@@ -181,9 +212,10 @@ def run(options: InferenceOptions) -> list[Report]:
     Raises:
         ValueError: an option, a prompt file or a config is wrong; nothing was written.
         CheckpointError, FetchError, TextEncoderError, NonFiniteError, OSError: the work could not be done.
+        MemoryLimitError: it does not fit into `max_vram`; nothing was loaded.
     """
     items = read_items(options)
-    pipeline = open_pipeline(options)
+    pipeline, options = open_pipeline(options, [item for _, item, _ in items])
     if options.ablation_key is None or options.ablation_selections is None:
         return [_run_folder(options, pipeline, items, _folder(options))]
     reports = []
@@ -215,7 +247,7 @@ def _run_folder(
     return report
 
 
-def generate(pipeline: SanaPipeline, options: InferenceOptions, batch: Sequence[Task]) -> "list[Image]":
+def generate(pipeline: SanaPipeline, options: InferenceOptions, batch: Sequence[Task]) -> list[Image.Image]:
     """Returns the pictures of tasks of one size, from one call of the pipeline."""
     recipes = [task.recipe for task in batch]
     negatives = [recipe.negative_prompt for recipe in recipes]
@@ -225,9 +257,18 @@ def generate(pipeline: SanaPipeline, options: InferenceOptions, batch: Sequence[
         width=recipes[0].width,
         negative_prompt=negatives if any(negatives) else None,
         seed=[recipe.seed for recipe in recipes],
-        output_type="pil",
+        output_type="pt",
     )
-    return pipeline.generate(request)
+    return [as_picture(image) for image in pipeline.generate(request)]
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """Returns the picture of an image (3, H, W), a few rows at a time: of 4096 px, float32 copies take 200 MB each."""
+    height, width = image.shape[-2:]
+    picture = Image.new("RGB", (width, height))
+    for top in range(0, height, STRIP):
+        picture.paste(to_pil(image[:, top : top + STRIP])[0], (0, top))
+    return picture
 
 
 def write_index(tasks: Sequence[Task], folder: Path) -> Path:
@@ -270,12 +311,19 @@ def _folder(options: InferenceOptions) -> Path:
     return root / safe_name("_".join(words), set()) if words else root
 
 
-def _size(item: PromptItem, options: InferenceOptions, pipeline: SanaPipeline) -> tuple[int, int]:
-    custom = options.custom_image_size
-    height, width = item.size(pipeline.config.model.image_size if custom is None else custom)
+def image_size(item: PromptItem, options: InferenceOptions, pipeline: SanaPipeline) -> inputs.ImageSize:
+    """Returns the size of a picture, and the one that the model makes; the pipeline needs no weights.
+
+    Raises:
+        ValueError: it is impossible.
+    """
+    trained, custom = pipeline.config.model.image_size, options.custom_image_size
+    height, width = item.size(trained if custom is None else custom)
     factor = pipeline.config.vae.vae_downsample_rate
-    inputs.plan_size(height, width, factor=factor, image_size=pipeline.config.model.image_size, binning=True)
-    return height, width
+    size = inputs.plan_size(height, width, factor=factor, image_size=trained, binning=options.binning)
+    if options.upscale_from is not None:
+        small_size(size.model_height, size.model_width, options.upscale_from, factor)
+    return size
 
 
 def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:

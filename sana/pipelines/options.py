@@ -5,18 +5,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sana.models.quantization.schemes import SCHEMES
 from sana.pipelines import inputs
+from sana.pipelines.compiled import MODES
+from sana.pipelines.plan_request import MIN_TILE, NONE, OFFLOADS, parse_memory
 from sana.pipelines.request import Request
+from sana.registry import suggest
 
 BUNDLED_MODEL = "asset/models/sana_tiny"
 BUNDLED_PROMPTS = "asset/samples_mini.txt"
 ABLATION_KEYS = ("cfg_scale", "pag_scale", "step", "seed")
+CHOICES = {
+    "compile": MODES,
+    "offload": OFFLOADS,
+    "quantization": (NONE, *SCHEMES),
+    "text_quantization": (NONE, *SCHEMES),
+}
 
 
 def bundled(relative: str) -> Path:
     """Returns a file or folder of the repository: below the current folder, else beside the package."""
     here = Path(relative)
     return here if here.exists() else Path(__file__).parents[2] / relative
+
+
+def check_choice(name: str, value: str | None, known: Sequence[str]) -> None:
+    """Raises ValueError, naming the nearest, unless `value` is None or one of the known ones."""
+    if value is not None and value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.{suggest(str(value), list(known))}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,13 @@ class InferenceOptions:
         dtype, device: of the pipeline; None for its defaults.
         gpu_id: number of the GPU instead of `device`; under a launcher each process takes its own.
         overrides: `--section.key=value` arguments for the config.
+        use_resolution_binning, step_cache, max_text_tokens, upscale_from, upscale_strength: see `Request`.
+        compile: mode of `SanaPipeline.compile`.
+        max_vram: what may be allocated on the device, such as "8GB": settings of memory are planned before weights are
+            loaded. The next four, where given, are kept by the plan.
+        quantization, text_quantization: scheme of the transformer's and the text encoder's weights, or "none".
+        offload: "none", "model", "group" or "sequential".
+        vae_tiling: True for the autoencoder's own tiles, or their side in pixels; False for none.
     """
 
     config: str | None = None
@@ -74,6 +97,17 @@ class InferenceOptions:
     device: str | None = None
     gpu_id: int | None = None
     overrides: Sequence[str] = ()
+    use_resolution_binning: bool = True
+    step_cache: float = 0.0
+    max_text_tokens: int | None = None
+    upscale_from: int | None = None
+    upscale_strength: float | None = None
+    compile: str = "off"
+    max_vram: str | None = None
+    quantization: str | None = None
+    text_quantization: str | None = None
+    offload: str | None = None
+    vae_tiling: bool | int | None = None
 
     def __post_init__(self) -> None:
         inputs.check_count("bs", self.bs, 10_000)
@@ -92,7 +126,21 @@ class InferenceOptions:
             raise ValueError("txt_file and json_file were both given; give one of them.")
         if self.overrides and not self.config:
             raise ValueError(f"{self.overrides[0]} changes a config; it needs --config.")
+        for name, known in CHOICES.items():
+            check_choice(name, getattr(self, name), known)
+        self._check_memory()
         self.request(["checked"])
+
+    def _check_memory(self) -> None:
+        tile = self.vae_tiling
+        if isinstance(tile, int) and not isinstance(tile, bool):
+            inputs.check_number("vae_tiling", tile, MIN_TILE, inputs.MAX_SIDE)
+        if self.max_vram is not None:
+            parse_memory("max_vram", self.max_vram)
+            if tile is True:
+                raise ValueError(
+                    "vae_tiling needs the side of a tile beside max_vram, or leave the choice to the plan."
+                )
 
     def request(self, prompts: Sequence[str], **more: Any) -> Request:
         """Returns the pipeline's arguments for prompts with these options."""
@@ -103,6 +151,11 @@ class InferenceOptions:
             pag_scale=self.pag_scale,
             interval_guidance=tuple(self.interval_guidance),
             sampler=self.sampling_algo,
+            use_resolution_binning=self.binning,
+            step_cache=self.step_cache,
+            max_text_tokens=self.max_text_tokens,
+            upscale_from=self.upscale_from,
+            upscale_strength=self.upscale_strength,
             **more,
         )
 
@@ -116,6 +169,11 @@ class InferenceOptions:
             raise ValueError(f"ablation_selections of {key} must be whole numbers, not {value:g}.")
         changed: Any = {key: int(value) if key in ("step", "seed") else float(value)}
         return replace(self, **changed)
+
+    @property
+    def binning(self) -> bool:
+        """See `Request.binning`."""
+        return self.use_resolution_binning and self.upscale_from is None
 
     @property
     def weights(self) -> str | None:

@@ -34,6 +34,10 @@ class Recipe:
         use_resolution_binning: whether a trained shape was generated, then resized and cropped.
         dtype: what the transformer computed in.
         weights: hash of the weights, see `weights_hash`.
+        step_cache, max_text_tokens: approximations, see `sana.pipelines.request.Request`.
+        upscale_from, upscale_strength: the small picture that was made first, and how much of it was kept.
+        quantization, text_quantization: schemes of the weights; None for exact ones.
+        compile: mode of `SanaPipeline.compile`; compiled code rounds otherwise.
         made_with: model and config as they were named, versions, device, threads. Not part of the hash.
     """
 
@@ -51,6 +55,13 @@ class Recipe:
     use_resolution_binning: bool
     dtype: str
     weights: str
+    step_cache: float = 0.0
+    max_text_tokens: int | None = None
+    upscale_from: int | None = None
+    upscale_strength: float | None = None
+    quantization: str | None = None
+    text_quantization: str | None = None
+    compile: str = "off"
     made_with: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,9 +72,15 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """64 hexadecimal digits; equal for equal recipes, whatever `made_with` says."""
+        """64 hexadecimal digits; equal for equal recipes, whatever `made_with` says.
+
+        Entries that have a default enter when they differ from it: a new one leaves the hashes of older pictures alone.
+        """
         decisive = dataclasses.asdict(self)
         del decisive["made_with"]
+        for one in _optional():
+            if decisive[one.name] == one.default:
+                del decisive[one.name]
         decisive["interval_guidance"] = list(self.interval_guidance)
         text = json.dumps(decisive, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -78,12 +95,18 @@ class Recipe:
         if stored.get("format") != FORMAT:
             raise ValueError(f"The recipe has format {stored.get('format')!r}; only {FORMAT} is known.")
         names = [one.name for one in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in stored]
+        later = {one.name: one.default for one in _optional()}  # older pictures do not have them
+        missing = [name for name in names if name not in stored and name not in later]
         if missing:
             raise ValueError(f"The recipe lacks {', '.join(missing)}.")
-        values = {name: stored[name] for name in names}
+        values = {name: stored[name] if name in stored else later[name] for name in names}
         low, high = values["interval_guidance"]
         return cls(**{**values, "interval_guidance": (float(low), float(high))})
+
+
+def _optional() -> list[dataclasses.Field[Any]]:
+    """Returns the entries of a recipe that older pictures lack: those with a default."""
+    return [one for one in dataclasses.fields(Recipe) if one.default is not dataclasses.MISSING]
 
 
 def weights_hash(modules: Iterable[HasState], settings: Mapping[str, Any]) -> str:

@@ -71,9 +71,21 @@ def replay(
         step=old.num_inference_steps,
         dtype=old.dtype,
         device=device,
+        use_resolution_binning=old.use_resolution_binning,
+        step_cache=old.step_cache,
+        max_text_tokens=old.max_text_tokens,
+        upscale_from=old.upscale_from,
+        upscale_strength=old.upscale_strength,
+        compile=old.compile,
+        quantization=old.quantization,
+        text_quantization=old.text_quantization,
+        vae_tiling=old.made_with.get("vae_tiling"),
+        offload=None if device == "cpu" else old.made_with.get("offload"),
     )
-    pipeline = batch.open_pipeline(options)
-    item = PromptItem(id=png.stem, prompt=old.prompt, negative_prompt=old.negative_prompt or None)
+    item = PromptItem(
+        id=png.stem, prompt=old.prompt, negative_prompt=old.negative_prompt or None, height=old.height, width=old.width
+    )
+    pipeline, options = batch.open_pipeline(options, [item])
     new = batch.make_recipe(pipeline, options, item, height=old.height, width=old.width, seed=old.seed)
     target = output or png.with_name(f"{png.stem}.replay.png")
     image = batch.generate(pipeline, options, [batch.Task(item, new, target)])[0]

@@ -1,4 +1,4 @@
-"""A list of prompts to a folder: names, seeds, skipping and resuming, sharing, the index, replay."""
+"""A list of prompts to a folder: names, seeds, skipping and resuming, sharing, the index, what is in a recipe."""
 
 import json
 import tarfile
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sana.pipelines import batch
-from sana.pipelines.images import read_recipe
+from sana.pipelines.images import read_recipe, to_pil
+from sana.pipelines.memory.tracker import MemoryTracker
 from sana.pipelines.options import InferenceOptions
 from sana.pipelines.prompts import PromptFileError, safe_name
-from sana.pipelines.replay import replay
 
 PROMPTS = ["a cat", "a/dog\\..:*?", "雪山日出 🌸", "a cat", "x" * 400, "x" * 399 + "y"]
 
@@ -172,36 +173,68 @@ def test_an_impossible_size_writes_nothing(options, side):
 
 
 def test_a_bad_prompt_file_is_found_before_the_model_is_opened(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "open_pipeline", lambda options: pytest.fail("the model was opened"))
+    monkeypatch.setattr(batch, "open_pipeline", lambda *given: pytest.fail("the model was opened"))
     (tmp_path / "empty.txt").write_text("\n \n")
     for name in ("empty.txt", "missing.txt"):
         with pytest.raises(PromptFileError, match=name):
             batch.run(replace(options, txt_file=str(tmp_path / name)))
 
 
-def test_replay_makes_the_same_picture(options):
-    (report,) = batch.run(replace(options, end_index=3))
-    again = replay(report.made[2], device="cpu")
-    assert again.identical and not again.differences
-    assert np.array_equal(pixels(again.output), pixels(report.made[2]))
-    assert again.output != report.made[2]
+def test_settings_that_change_pixels_change_the_recipe_and_exact_ones_do_not(options, tmp_path):
+    """A picture made with other settings is not taken as done; tiles are exact, so such a picture is."""
+    one = replace(options, end_index=1, use_resolution_binning=False, custom_image_size=128)
+    (plain,) = batch.run(one)
+    for change in (
+        {"step_cache": 2.0, "step": 8},
+        {"max_text_tokens": 3},
+        {"upscale_from": 64},
+        {"upscale_from": 64, "upscale_strength": 0.8},
+        {"use_resolution_binning": True},
+        {"quantization": "nf4"},
+        {"text_quantization": "nf4"},
+    ):
+        (report,) = batch.run(replace(one, **change))
+        assert len(report.made) == 1 and not report.skipped, change
+    (tiled,) = batch.run(replace(one, vae_tiling=64))
+    assert tiled.skipped == plain.made and not tiled.made
 
 
-def test_replay_says_what_differs(options, model_folder, tmp_path):
-    from tests.tiny_model import make_model_folder
-
-    (report,) = batch.run(replace(options, end_index=1))
-    other = make_model_folder(tmp_path / "other", pag_applied_layers=[0])
-    again = replay(report.made[0], model_path=str(other), device="cpu")
-    assert again.identical  # the changed setting acts under PAG only, but it is reported
-    assert any(line.startswith("weights: ") for line in again.differences)
-    assert any(line.startswith("made_with.model_path: ") for line in again.differences)
+def test_pictures_of_many_rows_are_those_of_one_piece():
+    image = torch.empty(3, 2 * batch.STRIP + 37, 50).uniform_(-1.3, 1.3, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(np.asarray(batch.as_picture(image)), np.asarray(to_pil(image)[0]))
 
 
-def test_replay_of_another_picture_is_usage(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="holds no recipe"):
-        replay(tmp_path / "x.png")
+def test_a_picture_is_made_in_little_memory():
+    """A piece of the picture is copied at a time, not the whole: counted, not measured."""
+    image = torch.zeros(3, 16 * batch.STRIP, 64)
+    peaks = []
+    for make in (batch.as_picture, to_pil):
+        with MemoryTracker() as tracker:
+            make(image)
+        peaks.append(tracker.peak - image.nbytes)
+    assert 0 < peaks[0] < image.nbytes / 2 < peaks[1]
+
+
+def test_large_sizes_of_a_list_pass_and_are_made_as_they_are(options, tmp_path):
+    """Of the bundled model, whose weights nobody loads: a binned picture is made at 256 px and enlarged, others not."""
+    (tmp_path / "large.txt").write_text("a cat\na dog --hw 4096:2048\na fox --ar 1:4\na cow --hw 1000:4096\n")
+    listed = replace(options, model_path=None, txt_file=str(tmp_path / "large.txt"), custom_image_size=4096)
+    exact = replace(listed, use_resolution_binning=False)
+    pipeline, _ = batch.name_pipeline(listed)
+    items = [item for _, item, _ in batch.read_items(listed)]
+    binned = [batch.image_size(item, listed, pipeline) for item in items]
+    assert [(size.height, size.width) for size in binned[:2]] == [(4096, 4096), (4096, 2048)]
+    assert (binned[2].height, binned[2].width) == (2048, 8192)  # the 4096 table's shape of the ratio
+    assert [size.model_height * size.model_width <= 256 * 288 for size in binned] == [True] * 4
+    for item, size in zip(items[:3], binned, strict=False):
+        for own in (exact, replace(listed, upscale_from=256)):
+            made = batch.image_size(item, own, pipeline)
+            assert (made.model_height, made.model_width) == (size.height, size.width)
+    with pytest.raises(ValueError, match="height 1000 is not a multiple of 32"):
+        batch.image_size(items[3], exact, pipeline)
+    with pytest.raises(ValueError, match="makes no picture smaller"):
+        batch.image_size(items[1], replace(listed, upscale_from=4096), pipeline)
+    assert pipeline.transformer is None and pipeline._autoencoder is None
 
 
 def test_names_do_not_depend_on_the_hash_of_others():

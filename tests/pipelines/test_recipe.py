@@ -19,7 +19,9 @@ RECIPE = Recipe(
 def test_every_decisive_entry_changes_the_hash_and_the_rest_does_not():
     for entry in dataclasses.fields(Recipe):
         old = getattr(RECIPE, entry.name)
-        new = {str: "other", int: 7, float: 0.25, bool: False, tuple: (0.1, 0.9), dict: {"torch": "3"}}[type(old)]
+        new = {
+            str: "other", int: 7, float: 0.25, bool: False, tuple: (0.1, 0.9), dict: {"torch": "3"}, type(None): 9,
+        }[type(old)]  # fmt: skip
         changed = dataclasses.replace(RECIPE, **{entry.name: new})
         assert (changed.hash == RECIPE.hash) == (entry.name == "made_with"), entry.name
 
@@ -56,3 +58,11 @@ def test_the_weights_hash_sees_values_names_dtypes_and_settings():
     with torch.no_grad():
         layer.bias[0] += 1e-6
     assert weights_hash([layer], {}) != start
+
+
+def test_hashes_and_recipes_of_older_pictures_stay():
+    """The hash was computed before there were optional entries; such a picture is still found done."""
+    assert RECIPE.hash == "afe92ecf03768d1095210fed0c1151c6bf9ba0a895e22b7f71bdb71e173afb09"
+    later = ("step_cache", "max_text_tokens", "upscale_from", "upscale_strength", "quantization", "text_quantization")
+    old = {name: value for name, value in RECIPE.as_dict().items() if name not in (*later, "compile")}
+    assert Recipe.from_dict(old) == RECIPE

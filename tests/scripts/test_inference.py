@@ -1,5 +1,6 @@
 """scripts/inference.py: its flags, exit codes, one-sentence errors, and the command as a user runs it."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from sana.models.weights import load_state_dict
-from sana.pipelines import batch, command
+from sana.pipelines import batch, command, loading
 from sana.pipelines.images import read_recipe
-from scripts.inference import build_parser, main, numbers
+from sana.pipelines.options import InferenceOptions
+from scripts.inference import build_parser, main, numbers, tiles
 
 ROOT = Path(__file__).parents[2]
 OFFICIAL_FLAGS = (
@@ -73,7 +75,9 @@ def test_all_flags_reach_the_options(monkeypatch, tmp_path):
         "--cfg_scale=5 --pag_scale=2 --sampling_algo=flow_euler --seed=3 --dataset=d --step=7 --add_label=l "
         "--tar_and_del=true --exist_time_prefix=t --custom_image_size=96 --start_index=1 --end_index=8 "
         "--interval_guidance=[0.1,0.9] --ablation_selections=[1,2] --ablation_key=step --debug --if_save_dirname=false "
-        "--dtype=bf16 --device=cpu --model.qk_norm=true"
+        "--dtype=bf16 --device=cpu --model.qk_norm=true --use_resolution_binning=false --upscale_from=512 "
+        "--upscale_strength=0.4 --step_cache=0.2 --max_text_tokens=20 --max_vram=8GB --quantization=int8 "
+        "--text_quantization=nf4 --offload=model --vae_tiling=512 --compile=regional"
     )
     assert main(flags.split()) == 0
     (options,) = seen
@@ -90,6 +94,25 @@ def test_all_flags_reach_the_options(monkeypatch, tmp_path):
     assert (options.start_index, options.end_index, options.interval_guidance) == (1, 8, [0.1, 0.9])
     assert (options.ablation_key, options.ablation_selections) == ("step", [1.0, 2.0])
     assert (options.dtype, options.device, list(options.overrides)) == ("bf16", "cpu", ["--model.qk_norm=true"])
+    assert (options.use_resolution_binning, options.upscale_from, options.upscale_strength) == (False, 512, 0.4)
+    assert (options.step_cache, options.max_text_tokens, options.compile) == (0.2, 20, "regional")
+    assert (options.quantization, options.text_quantization) == ("int8", "nf4")
+    assert (options.max_vram, options.offload, options.vae_tiling) == ("8GB", "model", 512)
+
+
+def test_every_flag_has_a_line_of_help_that_fits():
+    actions = [action for action in build_parser()._actions if action.dest != "help"]
+    assert all(action.help and len(action.help) <= 96 for action in actions)
+    known = {option for action in actions for option in action.option_strings}
+    options = {one.name for one in dataclasses.fields(InferenceOptions)} - {"overrides"}
+    assert known == {f"--{name}" for name in options | {"version"}}
+
+
+@pytest.mark.parametrize(("text", "value"), [("512", 512), ("true", True), ("no", False)])
+def test_tiles_are_a_side_or_a_yes_or_no(text, value):
+    (given,) = vars(build_parser().parse_args([f"--vae_tiling={text}"])).values()
+    assert given == tiles(text) == value and type(given) is type(value)
+    assert build_parser().parse_args(["--vae_tiling"]).vae_tiling is True
 
 
 @pytest.mark.parametrize("text", ["[0,1]", "0, 1", "(0 1)"])
@@ -133,12 +156,36 @@ def test_config_and_weights_apart_with_an_override(arguments, model_folder, tmp_
         (["--bs=0"], "bs must be"),
         (["--dtype=int3"], "Unknown dtype"),
         (["--model.depth=2"], "needs --config"),
+        (["--quantization=int9"], "Did you mean 'int8'"),
+        (["--quantization=int4"], "does not run on cpu"),
+        (["--offload=modell"], "Did you mean 'model'"),
+        (["--offload=model"], "has no effect with device cpu"),
+        (["--compile=max"], "captures CUDA graphs"),
+        (["--vae_tiling=7"], "vae_tiling must be"),
+        (["--max_vram=8"], "has no unit"),
+        (["--upscale_strength=0.5"], "without upscale_from"),
+        (["--upscale_from=64"], "makes no picture smaller"),
+        (["--custom_image_size=96", "--upscale_from=64", "--sampling_algo=flow_dpm"], "Did you mean"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, tmp_path, capsys, flags, message):
     code, line = run_failing([*arguments, *flags], capsys)
     assert code == 2 and message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_list_that_does_not_fit_is_refused_before_weights_are_loaded(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "load_transformer", lambda *given: pytest.fail("weights were loaded"))
+    code, line = run_failing([*arguments, "--max_vram=1kB"], capsys)
+    assert code == command.DOES_NOT_FIT and "0.0" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_that_fits_says_so_in_one_line(arguments, tmp_path, capsys):
+    assert main([*arguments, "--max_vram=1GB", "--custom_image_size=96", "--upscale_from=64", "--step=2"]) == 0
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "at most" in one]
+    assert "96 x 96 px" in line and "of 1.00GB" in line
+    assert len(list((tmp_path / "out").glob("a *.png"))) == 2
 
 
 def test_malformed_json_names_line_and_column(arguments, tmp_path, capsys):
