@@ -22,7 +22,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 INT4_TILES = (8, 4, 2)  # inner tiles of 16 numbers that the int4 kernel knows; the most that divide K are taken
 
 
-class QuantizationUnavailableError(RuntimeError):
+class QuantizationUnavailableError(ValueError):
     """A scheme cannot run here: the device or a package is missing. Says what can; there is no silent fallback."""
 
 
