@@ -3,14 +3,14 @@
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tools.bench.report import OTHER_DEVICE
 from tools.bench.results import CaseResult, Report
 from tools.bench.roofline import ideal_seconds
-from tools.bench.targets import REACHED, ROOFLINE, UNMEASURED, answers
+from tools.bench.targets import REACHED, ROOFLINE, SMALL, UNMEASURED, answers
 
 OURS, THEIRS, THIRD, INK, GRID = "#1f5fa8", "#d1601f", "#2b8a4b", "#333333", "#dddddd"
 COLOURS = (OURS, THEIRS, THIRD, "#8b4fa3", "#b3922a", "#4a9db0")
@@ -31,10 +31,14 @@ def draw(report: Report, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError('matplotlib is not installed: pip install "sana-python[plot]".') from error
-    figure = Figure(figsize=(15, 10.5), dpi=100, layout="constrained", facecolor="white")
+    panels = _panels(report)
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(15, 5.25 * max(rows, 1.2)), dpi=100, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2).flat
-    for axes, panel in zip(panels, (_targets, _scaling, _operators, _last), strict=True):
+    places = list(figure.subplots(rows, 2).flat)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, panel in zip(places, panels, strict=False):
         panel(axes, report)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK, labelsize=9)
@@ -53,12 +57,20 @@ def draw(report: Report, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _panels(report: Report) -> list[Callable[[Any, Report], None]]:
+    """What is drawn, in reading order: of a run of the part scaling alone, nothing else."""
+    scaling = [_scaling, *([_per_token] if _by_pixels(report) else [])]
+    if report.cases and all(case.part == "scaling" for case in report.cases):
+        return scaling
+    return [_targets, *scaling[:1], _operators, _last, *scaling[1:]]
+
+
 def _targets(axes: Any, report: Report) -> None:
     """Bars of the ratios that have a target, with the target as a line across each."""
     axes.set_title("Targets: how many times faster than diffusers (line: target)", loc="left", color=INK)
     shown = [
         answer for answer in answers(report)
-        if answer.status != UNMEASURED and answer.target.side not in ("", ROOFLINE)
+        if answer.status != UNMEASURED and answer.target.side not in ("", ROOFLINE, SMALL)
     ]  # fmt: skip
     if not shown:
         _empty(axes)
@@ -96,6 +108,40 @@ def _scaling(axes: Any, report: Report) -> None:
     axes.set_ylabel("ms", color=INK)
     axes.grid(color=GRID, linewidth=0.7)
     axes.legend(frameon=False, labelcolor=INK)
+
+
+def _by_pixels(report: Report) -> list[CaseResult]:
+    return [case for case in report.cases if case.timings and "pixels" in case.facts]
+
+
+def _per_token(axes: Any, report: Report) -> None:
+    """Time of one latent token in the transformer by the size of the image, with either attention."""
+    cases = _by_pixels(report)
+    blocks = cases[0].facts["blocks"]
+    title = f"DiT of {blocks} block{'s'[: blocks > 1]}: time of one latent token (dashed: 15 % above 1024 px)"
+    axes.set_title(title, loc="left", color=INK)
+    sizes = sorted(cases[0].facts["pixels"])
+    tokens = [(pixels // 32) ** 2 for pixels in sizes]
+    for case, colour in zip(cases, COLOURS, strict=False):
+        # every side makes as many tokens as the largest image has
+        times = [1e6 * statistics.median(case.timings[f"{pixels} px"].wall) / tokens[-1] for pixels in sizes]
+        label = f"{case.facts['attention']}, {case.facts['dtype']}"
+        axes.plot(tokens, times, marker="o", color=colour, label=label)
+        axes.annotate(f"{times[-1]:.3g}", (tokens[-1], times[-1]), (6, -3), textcoords="offset points", color=INK)
+        if case.key.startswith("scaling.linear") and SMALL in case.timings:
+            limit = 1.15 * times[sizes.index(1024)]
+            axes.plot([1024, tokens[-1]], [limit, limit], color=colour, linewidth=1, linestyle="--")
+    if sizes[0] == 512:
+        note = "512 px: 256 tokens share what every call costs\nand the reading of all weights"
+        axes.annotate(note, (0.02, 0.02), xycoords="axes fraction", color=INK, fontsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [f"{count}\n{pixels} px" for count, pixels in zip(tokens, sizes, strict=True)])
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.margins(x=0.08)
+    axes.set_xlabel("latent tokens, and the image they make", color=INK)
+    axes.set_ylabel("us a token", color=INK)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.legend(frameon=False, labelcolor=INK, loc="upper left")
 
 
 def _operators(axes: Any, report: Report) -> None:

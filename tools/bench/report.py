@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tools.bench.results import CaseResult, Report, Timing, quartiles
 from tools.bench.roofline import ideal_seconds
-from tools.bench.targets import ROOFLINE, UNMEASURED, Answer, answers
+from tools.bench.targets import UNMEASURED, Answer, answers
 
 OTHER_DEVICE = "not measured yet"
 TITLES = {
@@ -74,7 +74,7 @@ def targets_table(report: Report) -> list[str]:
             status = f"{status}: {answer.detail}"
         elif answer.detail:
             measured = f"{measured} ({answer.detail})"
-        by_cpu = f"{answer.cpu_value:.2f}x" if math.isfinite(answer.cpu_value) and here else ""
+        by_cpu = answer.target.words(answer.cpu_value) if math.isfinite(answer.cpu_value) and here else ""
         if answer.target.device != "cpu":
             by_cpu = ""
         rows.append([answer.target.work, answer.target.against, measured, by_cpu, answer.target.goal, status])
@@ -84,9 +84,7 @@ def targets_table(report: Report) -> list[str]:
 def _measured(answer: Answer) -> str:
     if not math.isfinite(answer.value) or answer.status == UNMEASURED:
         return ""
-    if answer.target.side == ROOFLINE:
-        return f"{answer.value:.0%}"
-    return f"{answer.value:.3g} s" if answer.target.side == "" else f"{answer.value:.2f}x"
+    return answer.target.words(answer.value)
 
 
 def part_table(report: Report, part: str, cases: Sequence[CaseResult]) -> list[str]:

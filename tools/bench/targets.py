@@ -10,6 +10,7 @@ from tools.bench.results import CaseResult, Report
 REACHED, MISSED, UNMEASURED = "reached", "not reached", "not measured"
 COMPILED = "diffusers + torch.compile"
 ROOFLINE = "roofline"
+SMALL = "1024 px"  # the side of a scaling case that the largest image's time a token is compared with
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Target:
         work: what is done.
         against: what it is compared with.
         key: of the cases that answer it.
-        side: the other side's name; `ROOFLINE` for the share of the bandwidth limit.
+        side: the other side's name; `ROOFLINE` for the share of the bandwidth limit, `SMALL` for an image's time a
+            token.
         ratio: at least; `math.nan` where only `seconds` counts.
         seconds: at most, on the GPU named in `on`.
         on: part of a GPU's name that `seconds` holds for.
@@ -41,9 +43,19 @@ class Target:
         """The target in words."""
         if self.side == ROOFLINE:
             return f">= {self.ratio:.0%}"
+        if self.side == SMALL:
+            return f"at most {1 / self.ratio - 1:.0%} more"
         if math.isfinite(self.seconds):
             return f"<= {self.seconds:g} s"
         return f"{self.ratio:g}x"
+
+    def words(self, value: float) -> str:
+        """A measured value as `goal` has it."""
+        if self.side == ROOFLINE:
+            return f"{value:.0%}"
+        if self.side == SMALL:
+            return f"{1 / value - 1:+.1%}"
+        return f"{value:.3g} s" if self.side == "" else f"{value:.2f}x"
 
 
 @dataclass(frozen=True)
@@ -75,15 +87,23 @@ def _gpu_model(model: str, eager: float, compiled: float, seconds: float) -> lis
     ]
 
 
+def _scaling(device: str, dtype: str) -> Target:
+    work = f"{'CPU' if device == 'cpu' else 'GPU'} DiT at 0.6B widths, {dtype}: time a latent token at 4096 px"
+    return Target(device, work, "1024 px", f"scaling.linear.{dtype}", SMALL, 1 / 1.15)
+
+
 TARGETS = (
     *_block_stack(),
     Target("cpu", "CPU end to end with the bundled model, 20 steps", "the same model in diffusers",
            "end_to_end.bundled", "diffusers", 1.5),
+    _scaling("cpu", "fp32"),
+    _scaling("cpu", "bf16"),
     *_gpu_model("0.6B", 2.5, 1.3, 0.15),
     *_gpu_model("1.6B", 2.0, 1.3, 0.28),
     Target("cuda", "GPU throughput, best batch, 1024 px", "diffusers", "throughput.0.6B", "diffusers", 1.7),
     Target("cuda", "Triton linear attention forward", "bandwidth limit", "linear_attention.forward", ROOFLINE, 0.7),
     Target("cuda", "Triton linear attention backward", "bandwidth limit", "linear_attention.backward", ROOFLINE, 0.7),
+    _scaling("cuda", "bf16"),
     Target("cuda", "training step 0.6B 512 px bf16, precomputed features", "diffusers model in the same loop",
            "training_step.0.6B", "diffusers", 1.4),
 )  # fmt: skip

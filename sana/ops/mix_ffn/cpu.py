@@ -61,8 +61,8 @@ def _by_chunks(
 ) -> None:
     """Computes one image (1, N, D), `rows` rows of `width` tokens at a time, and writes it to `out` (1, N, D').
 
-    The convolution of a row reads `reach` rows above and below it, zeros outside of the image. So a chunk gives the rows
-    whose surroundings are known, and hands its last 2 * reach expanded rows on to the next one.
+    The convolution of a row reads `reach` rows above and below it, zeros outside of the image. So a chunk gives the
+    rows whose surroundings are known, and hands its last 2 * reach expanded rows on to the next one.
     """
     inverted, depth, point = layers
     reach = depth[0].shape[-1] // 2 * dilation
