@@ -87,6 +87,7 @@ def load_weights(
     ema: bool = False,
     variant: str | None = None,
     state: Mapping[str, Tensor] | None = None,
+    inference_device: torch.device | None = None,
 ) -> tuple[str, ...]:
     """Loads weights strictly; everything that does not fit is an error that names key, shape and config field.
 
@@ -100,6 +101,9 @@ def load_weights(
         ema: take the averaged weights of a training checkpoint.
         variant: weight variant of a folder.
         state: what `load_state_dict` gave for this reference, so that a large file is not read twice.
+        inference_device: for a model on the meta device whose weights are only read: each tensor goes straight to this
+            device and the model's dtype. What has both already is used where it lies, in the mapped file, which is
+            never written to. None: tensors of the model's own, on the CPU.
 
     Returns:
         The keys that keep the model's own values.
@@ -116,10 +120,16 @@ def load_weights(
         weights = find_weights(path, variant) if path.is_dir() else path
         if weights.name.startswith("diffusion_pytorch_model"):  # a layout without these tensors
             ignorable = (*ignorable, *EXTRA_KEYS)
-    return _load(model, found, tuple(ignorable), source)
+    return _load(model, found, tuple(ignorable), source, inference_device)
 
 
-def _load(model: nn.Module, state: dict[str, Tensor], ignorable: tuple[str, ...], source: str) -> tuple[str, ...]:
+def _load(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    ignorable: tuple[str, ...],
+    source: str,
+    inference_device: torch.device | None,
+) -> tuple[str, ...]:
     own = model.state_dict()
     check_architecture(type(model).__name__, own, state, ignorable, source)
     fitting = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
@@ -132,7 +142,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], ignorable: tuple[str, ...]
                 f"{source} has no {', '.join(lost)}, and the model is on the meta device where they have no values: "
                 "build it on a real device."
             )
-        fitting = {key: _like(tensor, own[key]) for key, tensor in fitting.items()}
+        fitting = {key: _like(tensor, own[key], inference_device) for key, tensor in fitting.items()}
     model.load_state_dict(fitting, strict=False, assign=on_meta)  # every difference was judged above
     if kept:
         logger.warning("%s: re-initialised %s (not in the file, or of another size)", source, ", ".join(kept))
@@ -193,6 +203,8 @@ def _depth(state: Mapping[str, Tensor]) -> int:
     return 1 + max((int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
 
 
-def _like(tensor: Tensor, target: Tensor) -> Tensor:
-    """The tensor in the target's dtype, in memory of its own (a memory-mapped one must not be trained)."""
-    return torch.empty_like(target, device="cpu").copy_(tensor)
+def _like(tensor: Tensor, target: Tensor, inference_device: torch.device | None) -> Tensor:
+    """The tensor in the target's dtype, in memory of its own unless it is for inference on a given device."""
+    if inference_device is not None:
+        return tensor.to(inference_device, target.dtype).contiguous()
+    return torch.empty_like(target, device="cpu").copy_(tensor)  # a memory-mapped one must not be trained

@@ -1,4 +1,4 @@
-"""How each network of a pipeline is cut into the units that come and go, and which of its tensors stay. Moves nothing."""
+"""How each network of a pipeline is cut into units that come and go, and which of its tensors stay. Moves nothing."""
 
 from typing import Any
 

@@ -34,6 +34,7 @@ def load_autoencoder(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     sample_posterior: bool = True,
+    mapped: bool = False,
 ) -> Autoencoder:
     """Loads an autoencoder in eval mode from a folder, a `vae/` folder inside it, or a hub id.
 
@@ -45,6 +46,8 @@ def load_autoencoder(
         dtype: what the stored tensors are cast to.
         device: where the weights go.
         sample_posterior: for AutoencoderKL; DC-AE has no posterior.
+        mapped: for inference: weights that have the dtype and stay on the CPU are read from the file where they lie,
+            and must not be trained. False: in memory of their own.
 
     Raises:
         CheckpointError: no autoencoder is there, or its weights do not fit its config.
@@ -63,7 +66,7 @@ def load_autoencoder(
             model = DCAE(config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} is no readable DC-AE: {error}") from error
-    _load_strictly(model, state, dtype, device, folder)
+    _load_strictly(model, state, dtype, device, folder, mapped)
     return model.eval()
 
 
@@ -134,9 +137,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_strictly(
-    model: DCAE, state: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device, folder: Path
+    model: DCAE, state: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device, folder: Path, mapped: bool
 ) -> None:
-    """Gives a model on the meta device its own copy of the weights.
+    """Gives a model on the meta device the weights, its own copy of them unless they may stay `mapped`.
 
     Raises:
         CheckpointError: a key or shape differs; the first one is named.
@@ -153,7 +156,7 @@ def _load_strictly(
         more = f" ({len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise CheckpointError(f"The weights in {folder} do not fit its {CONFIG_FILE}: {problems[0]}{more}.")
     cast = {
-        key: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        key: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=not mapped)
         for key, tensor in state.items()
     }
     model.load_state_dict(cast, assign=True)

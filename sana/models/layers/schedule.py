@@ -218,6 +218,9 @@ class Residency:
         self._begin(entry or not self.units.lazy)
         try:
             yield
+        except (KeyboardInterrupt, SystemExit):  # of these PyTorch tells no hook: what began inside has ended as well
+            self._sessions = 0
+            raise
         finally:
             self._end()
 
@@ -340,7 +343,7 @@ def _entry_ends(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _guard(found: "ref[Residency]") -> Callable[..., nn.Module]:
-    """Returns a network's `_apply` while it is managed: what would move or cast it is refused, all else is no change."""
+    """Returns a network's `_apply` while it is managed: to be moved or cast is refused, and all else changes nothing."""
 
     @functools.wraps(nn.Module._apply)
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

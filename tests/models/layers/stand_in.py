@@ -3,7 +3,7 @@
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sana.models.layers.residency import Mover, as_kind, parts
 
@@ -25,12 +25,12 @@ class StandIn(Mover):
         return as_kind(tensor.detach().clone(), tensor)
 
     def shown(self, home: Tensor) -> Tensor:
-        if not home.is_floating_point() or home.dtype.itemsize < 2:
+        if not _is_plain(home) or not home.is_floating_point() or home.dtype.itemsize < 2:
             return as_kind(torch.empty(0, dtype=home.dtype), home)
         return as_kind(torch.full_like(home, float("nan")), home)
 
     def fetch(self, home: Tensor) -> Tensor:
-        with torch.inference_mode():  # of such tensors the CPU's operators keep no packed copies
+        with torch.inference_mode(_is_plain(home)):  # of such tensors the CPU's operators keep no packed copies
             copied = as_kind(home.detach().clone(), home)
         size = sum(part.nbytes for part in parts(copied))
         self.resident += size
@@ -44,3 +44,7 @@ class StandIn(Mover):
 
     def _gone(self, size: int) -> None:
         self.resident -= size
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
