@@ -5,6 +5,7 @@ from typing import Any
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
+NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would ask again by themselves, which cannot help here
 
 
 @dataclass
@@ -50,7 +51,7 @@ def busy(retry_after: int) -> ApiError:
 
 def too_slow(seconds: float) -> ApiError:
     """Returns the error of a request whose time is up."""
-    return ApiError(504, f"The pictures were not finished within {seconds:g} s.", SERVER, None, "timeout")
+    return ApiError(504, f"The pictures were not finished within {seconds:g} s.", SERVER, None, "timeout", NO_RETRY)
 
 
 def internal(number: str) -> ApiError:

@@ -64,7 +64,7 @@ class Job:
         request: with sampler and number of steps filled in.
         size: of the picture.
         cost: pixels times evaluated rows, for estimates of time.
-        future: the pipeline's result, an error of the pipeline, CancelledError or HandedBackError.
+        future: what the pipeline returns, an error of the pipeline, CancelledError or HandedBackError.
         cancelled: set to give it up; the engine looks between steps.
 
     Raises:

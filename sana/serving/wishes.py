@@ -154,8 +154,8 @@ def parse_size(size: str, settings: ServerSettings, image_size: int) -> tuple[in
 def _check_names(given: Mapping[str, Any], model: str) -> None:
     unknown = sorted(set(given) - set(_Fields.known()))
     if unknown:
-        # Which one is not said: the name is the client's own text.
-        raise invalid(None, f"{len(unknown)} of the parameters given are unknown.", "unknown_parameter")
+        name = unknown[0] if unknown[0].isidentifier() and len(unknown[0]) <= 40 else None  # never any text back
+        raise invalid(name, f"Unknown parameter: {name or 'its name is none'}.", "unknown_parameter")
     if given.get("model", model) != model:
         raise ApiError(404, f"This server has the model {model!r} only.", param="model", code="model_not_found")
     for name, allowed in ONLY.items():

@@ -1,0 +1,29 @@
+"""The third parties of the server, imported when it starts. Without them the error says which extra to install."""
+
+import importlib
+from typing import Any
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def need(module: str) -> Any:
+    """Returns a module of the extra `serve`.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ValueError(f"The server needs {package}: pip install 'sana-python[serve]'.") from error
+
+
+def need_all() -> None:
+    """Checks that everything the server needs is there, before a model is loaded.
+
+    Raises:
+        ValueError: something is not installed.
+    """
+    for package in PACKAGES:
+        need(package)

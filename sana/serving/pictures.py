@@ -1,0 +1,61 @@
+"""A finished picture as the bytes of a PNG that holds its recipe. How it is sent is in `app.py`."""
+
+import tempfile
+from pathlib import Path
+
+from PIL.Image import Image
+
+from sana.pipelines.images import save_png
+from sana.pipelines.recipe import Recipe, environment
+from sana.pipelines.sana_pipeline import SanaPipeline
+from sana.serving.job import Job
+from sana.utils.dtype import dtype_name
+
+
+def recipe_of(pipeline: SanaPipeline, job: Job, model: str) -> Recipe:
+    """Returns the recipe of a job's picture. It names the model as clients do, not its place on this machine.
+
+    Args:
+        pipeline: that made it, its weights hashed.
+        job: with one whole number as its seed.
+        model: the name.
+    """
+    request = job.request
+    assert isinstance(request.seed, int) and isinstance(request.prompt, str), "the server sets both"
+    assert request.negative_prompt is None or isinstance(request.negative_prompt, str)
+    shift = pipeline.config.scheduler.flow_shift if request.flow_shift is None else request.flow_shift
+    low, high = request.interval_guidance
+    return Recipe(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt or "",
+        seed=request.seed,
+        height=job.size.height,
+        width=job.size.width,
+        num_inference_steps=request.num_inference_steps or 1,
+        sampler=request.sampler or "",
+        guidance_scale=float(request.guidance_scale),
+        pag_scale=float(request.pag),
+        interval_guidance=(float(low), float(high)),
+        flow_shift=float(shift),
+        use_resolution_binning=request.use_resolution_binning,
+        dtype=dtype_name(pipeline.dtype),
+        weights=pipeline.weights_hash(),
+        made_with={"model": model, **environment(pipeline.device)},
+    )
+
+
+def as_png(image: Image, recipe: Recipe | None = None) -> bytes:
+    """Returns the file's bytes, written as the pipeline writes it."""
+    with tempfile.TemporaryDirectory(prefix="sana-serving-") as folder:
+        path = Path(folder) / "picture.png"
+        save_png(image, path, recipe.as_dict() if recipe else None)
+        return path.read_bytes()
+
+
+def model_name(pipeline: SanaPipeline) -> str:
+    """Returns the last part of where the weights came from: a folder's, a file's or a repository's name."""
+    source = str(pipeline.model_path or "").rstrip("/\\")
+    name = Path(source).name
+    for ending in (".safetensors", ".pth", ".bin", ".pt"):
+        name = name.removesuffix(ending)
+    return name or "sana"
