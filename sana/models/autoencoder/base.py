@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sana.models.autoencoder.tiling import AUTO_TILE_PIXELS, Tiling, make_tiling
+from sana.models.layers.residency import compute_dtype
 
 
 class Autoencoder(nn.Module):
@@ -62,7 +63,7 @@ class Autoencoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the network computes in."""
-        return next(self.parameters()).dtype
+        return compute_dtype(self)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents of images.

@@ -26,6 +26,7 @@ from sana.ops.backend import choose
 from sana.ops.mix_ffn.reference import to_image
 
 ATTENTION_EPS = 1e-15
+TOKENS_AT_ONCE = 1024  # that `exact_sums` widens: they stay in the cache
 
 
 class ResBlock(nn.Module):
@@ -103,11 +104,31 @@ class LiteMLA(nn.Module):
         out = qkv.new_empty(tokens, len(scales), parts // 3, size)
         for i, heads in enumerate(scales):
             query, key, value = heads.unflatten(0, (-1, 3)).unbind(1)  # (h, N, d)
-            query, key = query.relu(), key.relu()
-            key_value, total = torch.bmm(key.transpose(1, 2), value), key.sum(dim=1).unsqueeze(2)
+            query, (key_value, total) = query.relu(), (x.to(qkv.dtype) for x in exact_sums(key, value))
             divisor = torch.bmm(query, total).add_(ATTENTION_EPS)
             torch.div(torch.bmm(query, key_value), divisor, out=out[:, i].transpose(0, 1))
         return out.view(1, height, width, -1).permute(0, 3, 1, 2)
+
+
+def exact_sums(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of ReLU(key) times value, and of ReLU(key), in float64, which costs little on a CPU.
+
+    Rounded to float32 they do not depend on the order of the tokens, so that an image attends alike in tiles and whole.
+
+    Args:
+        key, value: (..., N, d).
+
+    Returns:
+        (..., d, d) and (..., d, 1).
+    """
+    *heads, tokens, size = key.shape
+    key_value = key.new_zeros(*heads, size, size, dtype=torch.float64)
+    total = key.new_zeros(*heads, size, 1, dtype=torch.float64)
+    for start in range(0, tokens, TOKENS_AT_ONCE):
+        some = key[..., start : start + TOKENS_AT_ONCE, :].relu().double()
+        key_value += torch.matmul(some.transpose(-1, -2), value[..., start : start + TOKENS_AT_ONCE, :].double())
+        total += some.sum(dim=-2).unsqueeze(-1)
+    return key_value, total
 
 
 def relu_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

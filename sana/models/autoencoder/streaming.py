@@ -8,6 +8,7 @@ memory is that of one map (two where the resolution changes) and of one tile. Si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sana.models.autoencoder.dc_ae_blocks import ATTENTION_EPS, EfficientViTBlock, LiteMLA
+from sana.models.autoencoder.dc_ae_blocks import ATTENTION_EPS, EfficientViTBlock, LiteMLA, exact_sums
 from sana.models.autoencoder.dc_ae_layers import at_least_fp32, is_plain, without_autocast
 from sana.models.autoencoder.halo import Chain, chain, halo, reach
 from sana.models.autoencoder.tiling import LONG, Span, Tiling, cut, grid
+from sana.models.layers.residency import using
 from sana.ops.backend import choose
 
 PIECE = 5  # modules after which a tile is cut to what is needed: each piece costs a copy, and saves rows and columns
@@ -81,7 +83,7 @@ class Convolutions:
     passes = 1  # over all tiles
 
     def __init__(self, units: Sequence[nn.Module], stride: tuple[int, int] | None = None) -> None:
-        self.pieces = [Piece(units) for units in pieces(units)]
+        self.units, self.pieces = tuple(units), [Piece(piece) for piece in pieces(units)]
         self.reach = Chain(tuple(piece.reach for piece in self.pieces))
         self.stride = stride
 
@@ -157,7 +159,7 @@ class Attention:
     passes = 3  # over all tiles
 
     def __init__(self, block: EfficientViTBlock) -> None:
-        self.block, self.reach = block, reach(block)
+        self.block, self.units, self.reach = block, (block,), reach(block)
 
     def size(self, size: int) -> int:
         """As `Convolutions.size`."""
@@ -197,8 +199,11 @@ class Sums:
         for i, heads in enumerate(_heads(module, tile, rows, columns)):
             with without_autocast(heads):
                 _, key, value = (at_least_fp32(part) for part in heads.unbind(2))
-                key = key.relu()
-                key_value, total = torch.matmul(key.transpose(-1, -2), value), key.sum(dim=-2).unsqueeze(-1)
+                if choose("auto", tile) == "cpu":
+                    key_value, total = exact_sums(key, value)
+                else:
+                    key = key.relu()
+                    key_value, total = torch.matmul(key.transpose(-1, -2), value), key.sum(dim=-2).unsqueeze(-1)
             if i == len(self.scales):
                 self.scales.append((key_value, total))
             else:
@@ -211,7 +216,7 @@ class Sums:
         for i, heads in enumerate(_heads(module, tile, rows, columns)):  # (B, h, 3, N, d)
             with without_autocast(heads):
                 query = at_least_fp32(heads.select(2, 0)).relu()
-                key_value, total = self.scales[i]
+                key_value, total = (sums.to(query.dtype) for sums in self.scales[i])
                 divisor = torch.matmul(query, total).add_(ATTENTION_EPS)
                 attended = torch.matmul(query, key_value).div_(divisor)  # (B, h, N, d)
             if out is None:
@@ -270,7 +275,10 @@ def stream(
         job = Job(layout, compiler, bar)
         for part, (rows, columns) in zip(parts, cuts, strict=True):
             last = part is parts[-1]
-            x = part.run(x, rows, columns, job, torch.contiguous_format if last else layout)
+            with ExitStack() as weights:
+                for unit in part.units:
+                    weights.enter_context(using(unit))
+                x = part.run(x, rows, columns, job, torch.contiguous_format if last else layout)
     return x
 
 
