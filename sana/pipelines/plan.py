@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from torch import nn
+
 from sana.config import SanaConfig
 from sana.ops.packing import set_pack_budget
 from sana.pipelines.plan_report import Reason, Sheet
@@ -82,8 +84,10 @@ class Plan(Sheet):
         """
         self._check_fits_to(pipeline)
         chosen = self.settings
-        if chosen.quantization or chosen.text_quantization:
-            pipeline.quantize(transformer=chosen.quantization, text_encoder=chosen.text_quantization)
+        already = quantised_already(pipeline)
+        fresh = {one: getattr(chosen, field) for one, field in SCHEME_FIELDS.items() if one not in already}
+        if any(fresh.values()):
+            pipeline.quantize(fresh.get("transformer"), fresh.get("text_encoder"))
         OFFLOADERS[chosen.offload](pipeline)
         if self.request.device == "cpu" and not chosen.packing:
             set_pack_budget(0)
@@ -95,6 +99,12 @@ class Plan(Sheet):
                 f"This plan is for device {self.request.device}, and the pipeline is on {pipeline.device}; "
                 "make the plan with pipeline.plan(...)."
             )
+        for network, scheme in quantised_already(pipeline).items():
+            if getattr(self.settings, SCHEME_FIELDS[network]) != scheme:
+                raise ValueError(
+                    f"This plan's {SCHEME_FIELDS[network]} is {getattr(self.settings, SCHEME_FIELDS[network]) or NONE}, "
+                    f"and the pipeline's {network} is {scheme} already; make the plan with pipeline.plan(...)."
+                )
         planned = make_job(pipeline.config, self.request).dtype
         if pipeline.dtype != planned:
             raise ValueError(
@@ -103,12 +113,24 @@ class Plan(Sheet):
             )
 
 
+SCHEME_FIELDS = {"transformer": "quantization", "text_encoder": "text_quantization"}  # network -> field of settings
 OFFLOADERS: dict[str, Any] = {
-    "none": lambda pipeline: None,
+    "none": lambda pipeline: pipeline.disable_offload(),
     "model": lambda pipeline: pipeline.enable_model_cpu_offload(),
     "group": lambda pipeline: pipeline.enable_group_offload(),
     "sequential": lambda pipeline: pipeline.enable_sequential_cpu_offload(),
 }
+
+
+def quantised_already(pipeline: "SanaPipeline") -> dict[str, str]:
+    """Returns network -> scheme of those networks that are quantised, or will be when they are loaded."""
+    from sana.models.quantization.apply import quantization_of
+
+    found = {name: want.scheme for name, want in pipeline._quantization.items()}
+    for name, network in (("transformer", pipeline.transformer), ("text_encoder", pipeline._text_encoder)):
+        quantization = quantization_of(network) if isinstance(network, nn.Module) else None
+        found |= {name: quantization.scheme} if quantization is not None else {}
+    return found
 
 
 def _decode_with(pipeline: "SanaPipeline", settings: Settings, own: int | None) -> None:
@@ -228,7 +250,8 @@ class Plannable:
             height: of a picture in pixels; None for the model's own size.
             width: as `height`.
             batch: pictures that are wanted.
-            **options: the other fields of `PlanRequest`, such as `max_vram="8GB"`. Device and dtype are the pipeline's.
+            **options: the other fields of `PlanRequest`, such as `max_vram="8GB"`. Device and dtype are the pipeline's,
+                as are schemes by which its networks are quantised already.
 
         Returns:
             `print(plan)` shows its table; `plan.apply(pipeline)` does what it says.
@@ -239,7 +262,13 @@ class Plannable:
         """
         pipeline = cast("SanaPipeline", self)
         own: dict[str, Any] = {"device": pipeline.device.type, "dtype": pipeline.dtype}
-        return make_plan(pipeline.config, PlanRequest(height=height, width=width, batch=batch, **own, **options))
+        own |= {SCHEME_FIELDS[network]: scheme for network, scheme in quantised_already(pipeline).items()}
+        for name, value in own.items():
+            if options.get(name, value) not in (value, AUTO):
+                raise ValueError(
+                    f"{name} is {options[name]!r}, and this pipeline's is {value!r} already; leave it out."
+                )
+        return make_plan(pipeline.config, PlanRequest(height=height, width=width, batch=batch, **(options | own)))
 
     def fit(
         self,

@@ -243,7 +243,8 @@ def _opened(estimate: Estimator, limit: int) -> str:
     found = _search(estimate.for_job(replace(estimate.job, request=free)), limit)
     if found is None:
         return ""
-    words = [f"{name} {value}" for name, value in as_options(found).items() if name in changes]
+    fixed_values = {name: str(getattr(request, name) or NONE).lower() for name in changes}
+    words = [f"{name} {value}" for name, value in as_options(found).items() if fixed_values.get(name, value) != value]
     return ", ".join([*words, *([] if request.split or found.batch == request.batch else ["split true"])])
 
 
@@ -273,10 +274,10 @@ def _pictures(job: Job) -> str:
     return f"{job.size.height}x{job.size.width}" + (f", {count} pictures," if count > 1 else "")
 
 
-def as_options(settings: Settings) -> dict[str, object]:
-    """Returns settings by the names and values of a request."""
+def as_options(settings: Settings) -> dict[str, str]:
+    """Returns settings by the names and values that a command line has for them."""
     return {
-        "tiling": settings.tile or NONE,
+        "tiling": str(settings.tile or NONE),
         "offload": settings.offload,
         "quantization": settings.quantization or NONE,
         "text_quantization": settings.text_quantization or NONE,
@@ -293,5 +294,5 @@ def describe(settings: Settings, job: Job) -> str:
     else:
         words.append(f"{settings.offload} offload" if settings.offload != NONE else "no offload")
     words += [f"{settings.quantization} weights"] if settings.quantization else []
-    words += [f"an {settings.text_quantization} text encoder"] if settings.text_quantization else []
+    words += [f"{settings.text_quantization} text encoder"] if settings.text_quantization else []
     return ", ".join(words)
