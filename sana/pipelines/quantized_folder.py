@@ -1,4 +1,4 @@
-"""Writing the networks of a quantised pipeline as a model folder, which `SanaPipeline.from_pretrained` loads as it is."""
+"""Writing a quantised pipeline as a model folder, which `SanaPipeline.from_pretrained` loads as it is."""
 
 import dataclasses
 import os
