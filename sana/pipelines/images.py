@@ -16,6 +16,7 @@ from torch import Tensor
 from sana.pipelines.graphs import to_host
 
 RECIPE_KEY = "sana"  # the PNG's text chunk that holds the recipe as JSON
+STRIP = 2**20  # pixels that are rounded at once: an image of 4096 px is not copied as a whole in float32
 _FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf")
 
 
@@ -31,10 +32,17 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     batch = images.detach()[None] if images.ndim == 3 else images.detach()
     if batch.ndim != 4 or batch.shape[1] != 3:
         raise ValueError(f"Expected images (B, 3, H, W), not the shape {tuple(images.shape)}.")
-    if not bool(torch.isfinite(batch).all()):
+    levels = torch.empty(batch.shape[0], *batch.shape[2:], 3, dtype=torch.uint8, device=batch.device)
+    finite = torch.ones((), dtype=torch.bool, device=batch.device)
+    rows = max(1, STRIP // max(1, batch.shape[3]))
+    for image, level in zip(batch, levels, strict=True):
+        for strip, out in zip(image.split(rows, dim=1), level.split(rows), strict=True):
+            finite &= torch.isfinite(strip).all()
+            # another tensor than the caller's from clamp() on
+            out.copy_(strip.float().clamp(-1, 1).add_(1).mul_(127.5).round_().permute(1, 2, 0))
+    if not bool(finite):
         raise ValueError("The images hold values that are not finite.")
-    levels = batch.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return [Image.fromarray(one) for one in to_host(levels.permute(0, 2, 3, 1))[0].numpy()]
+    return [Image.fromarray(one) for one in to_host(levels)[0].numpy()]
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any] | None = None) -> None:

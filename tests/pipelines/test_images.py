@@ -125,3 +125,18 @@ def test_a_missing_file_leaves_its_place_empty(tmp_path: Path) -> None:
 def test_another_number_of_captions_is_refused(captions: list[str]) -> None:
     with pytest.raises(ValueError, match="one caption each"):
         contact_sheet([Image.new("RGB", (8, 8))] * 2, captions)
+
+
+@pytest.mark.parametrize("strip", [1, 12, 40, 10**6])
+def test_a_picture_in_strips_is_the_whole_one(monkeypatch, strip: int) -> None:
+    images = torch.randn(2, 3, 9, 12, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    kept = images.clone()
+    monkeypatch.setattr(module, "STRIP", strip)
+    expected = ((images.float().clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        pictures = to_pil(images.contiguous(memory_format=layout))
+        assert np.array_equal(np.stack([np.asarray(one) for one in pictures]), expected)
+    assert torch.equal(images, kept)
+    images[1, 2, 8, 11] = float("inf")  # the last strip
+    with pytest.raises(ValueError, match="not finite"):
+        to_pil(images)
