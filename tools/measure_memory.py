@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sana.config import SanaConfig, load_config
+from sana.models.autoencoder.tiling import make_tiling
 from sana.models.text_encoder.architectures import LETTERS_A_TOKEN
 from sana.models.text_encoder.base import TextEncoder
 from sana.models.text_encoder.load import _load_tokenizer, _split_folder
@@ -127,6 +128,8 @@ class Measurement:
         self.args = args
         self.config = load_settings(args.model)
         self.dtype = parse_dtype(args.dtype)
+        factor = self.config.vae.vae_downsample_rate
+        self.tiling = None if args.tile is None else make_tiling(factor, *[args.tile] * 4)
         self.model = MemoryModel(self.config, device=args.device, dtype=self.dtype)
 
     def row(self, stage: str) -> Row:
@@ -149,10 +152,10 @@ class Measurement:
         return self.model.denoise(self.args.height, self.args.width, self.args.batch, steps=STEPS)
 
     def predict_decode(self) -> int:
-        return self.model.decode(self.args.height, self.args.width, self.args.batch)
+        return self.model.decode(self.args.height, self.args.width, self.args.batch, tiling=self.tiling)
 
     def predict_encode(self) -> int:
-        return self.model.encode(self.args.height, self.args.width, self.args.batch)
+        return self.model.encode(self.args.height, self.args.width, self.args.batch, tiling=self.tiling)
 
     def run_text(self, network: Any) -> Callable[[], Any]:
         text = self.config.text_encoder
@@ -191,12 +194,14 @@ class Measurement:
         return run
 
     def run_decode(self, network: Any) -> Callable[[], Any]:
+        self._tile(network)
         pipeline = self._pipeline(autoencoder=network)
         factor = network.downsample_factor
         shape = (self.args.batch, network.latent_channels, self.args.height // factor, self.args.width // factor)
         return lambda: pipeline.decode(torch.zeros(shape, device=self.args.device))
 
     def run_encode(self, network: Any) -> Callable[[], Any]:
+        self._tile(network)
         shape = (self.args.batch, 3, self.args.height, self.args.width)
 
         def run() -> Any:
@@ -205,6 +210,11 @@ class Measurement:
             return latents
 
         return torch.no_grad()(run)
+
+    def _tile(self, network: Any) -> None:
+        network.disable_tiling()
+        if self.args.tile is not None:
+            network.enable_tiling(*[self.args.tile] * 4)
 
     def _pipeline(self, **parts: Any) -> SanaPipeline:
         pipeline = SanaPipeline(self.config, device=self.args.device, dtype=self.dtype)
@@ -241,6 +251,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
     parser.add_argument("--dtype", default="fp32", help="of the transformer and the text encoder")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--tile", type=int, help="side of the autoencoder's tiles in pixels; whole pictures without")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--json", type=Path, help="write the rows there")
     return parser.parse_args(argv)

@@ -19,6 +19,7 @@ from sana.pipelines.memory import networks
 from sana.pipelines.memory.kernels import CpuKernels, FusedAttention
 from sana.pipelines.memory.networks import NetworkWeights
 from sana.pipelines.memory.texts import Lengths, TextRun
+from sana.pipelines.memory.tiles import set_tiling
 from sana.pipelines.memory.tracker import CUDA_BLOCK, MemoryTracker
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class MemoryModel:
             tiling: None: every picture is decoded whole.
         """
         with self._tracked("decoder") as (tracker, autoencoder), self._mode, tracker:
-            autoencoder.tiling = tiling
+            set_tiling(autoencoder, tiling)
             latents = torch.empty(
                 batch, autoencoder.latent_channels, *self._latent_size(height, width), device=self.device
             )
@@ -171,7 +172,7 @@ class MemoryModel:
     def encode(self, height: int, width: int, batch: int, *, tiling: "Tiling | None" = None) -> int:
         """Returns the peak of encoding pictures to latents, above the autoencoder's weights; see `decode`."""
         with self._tracked("encoder") as (tracker, autoencoder), self._mode, tracker:
-            autoencoder.tiling = tiling
+            set_tiling(autoencoder, tiling)
             images = torch.empty(batch, 3, height, width, device=self.device)
             autoencoder.encode(images)
         return tracker.peak
