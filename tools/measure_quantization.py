@@ -7,7 +7,7 @@ Every case draws the same prompts from the same noise as the bf16 run. Bytes are
 "packed" are the copies of exact weights that a CPU computes with. The peak is all of these, the autoencoder's weights,
 and the most that was allocated besides at a time while one picture was drawn (torch.profiler). Seconds are medians over
 rounds in which every case draws one picture after the other, the ratio is the median over rounds of that to bf16. PSNR
-is of pixels in [0, 1]; MS-SSIM is no network's opinion but a formula (tools/picture_distance.py), in the place of LPIPS,
+is of pixels in [0, 1]; MS-SSIM is no network's opinion but a formula (tools/picture_distance.py), instead of LPIPS,
 whose weights would have to be fetched; the judge's score is ALL of tools/score_scenes.py. Exit code 2: wrong arguments;
 1: no model.
 """
