@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from sana.models.text_encoder import require_text_encoder
 from sana.pipelines import inputs, loading
 from sana.pipelines.batch_memory import apply_settings, plan_memory, planned_options, scheme
-from sana.pipelines.images import contact_sheet, read_recipe, save_png, to_pil
+from sana.pipelines.images import contact_sheet, read_recipe, save_png
 from sana.pipelines.options import BUNDLED_PROMPTS, InferenceOptions, bundled
 from sana.pipelines.prompts import PromptItem, read_prompts, safe_name
 from sana.pipelines.recipe import Recipe, environment
@@ -30,7 +29,6 @@ logger = get_logger(__name__)
 DEFAULT_WORK_DIR = "output/inference"
 DEBUG_PROMPTS = 2
 INDEX_LIMIT = 400  # pictures on the index sheet
-STRIP = 128  # rows of a picture that become 8-bit numbers at once
 
 
 @dataclass(frozen=True)
@@ -257,18 +255,9 @@ def generate(pipeline: SanaPipeline, options: InferenceOptions, batch: Sequence[
         width=recipes[0].width,
         negative_prompt=negatives if any(negatives) else None,
         seed=[recipe.seed for recipe in recipes],
-        output_type="pt",
+        output_type="pil",
     )
-    return [as_picture(image) for image in pipeline.generate(request)]
-
-
-def as_picture(image: Tensor) -> Image.Image:
-    """Returns the picture of an image (3, H, W), a few rows at a time: of 4096 px, float32 copies take 200 MB each."""
-    height, width = image.shape[-2:]
-    picture = Image.new("RGB", (width, height))
-    for top in range(0, height, STRIP):
-        picture.paste(to_pil(image[:, top : top + STRIP])[0], (0, top))
-    return picture
+    return pipeline.generate(request)
 
 
 def write_index(tasks: Sequence[Task], folder: Path) -> Path:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sana.pipelines import batch
-from sana.pipelines.images import read_recipe, to_pil
-from sana.pipelines.memory.tracker import MemoryTracker
+from sana.pipelines.images import read_recipe
 from sana.pipelines.options import InferenceOptions
 from sana.pipelines.prompts import PromptFileError, safe_name
 
@@ -197,22 +195,6 @@ def test_settings_that_change_pixels_change_the_recipe_and_exact_ones_do_not(opt
         assert len(report.made) == 1 and not report.skipped, change
     (tiled,) = batch.run(replace(one, vae_tiling=64))
     assert tiled.skipped == plain.made and not tiled.made
-
-
-def test_pictures_of_many_rows_are_those_of_one_piece():
-    image = torch.empty(3, 2 * batch.STRIP + 37, 50).uniform_(-1.3, 1.3, generator=torch.Generator().manual_seed(0))
-    assert np.array_equal(np.asarray(batch.as_picture(image)), np.asarray(to_pil(image)[0]))
-
-
-def test_a_picture_is_made_in_little_memory():
-    """A piece of the picture is copied at a time, not the whole: counted, not measured."""
-    image = torch.zeros(3, 16 * batch.STRIP, 64)
-    peaks = []
-    for make in (batch.as_picture, to_pil):
-        with MemoryTracker() as tracker:
-            make(image)
-        peaks.append(tracker.peak - image.nbytes)
-    assert 0 < peaks[0] < image.nbytes / 2 < peaks[1]
 
 
 def test_large_sizes_of_a_list_pass_and_are_made_as_they_are(options, tmp_path):

@@ -7,8 +7,10 @@ import torch
 
 from sana.pipelines.batch_memory import apply_settings, plan_memory, planned_options
 from sana.pipelines.inputs import ImageSize
+from sana.pipelines.memory.stages import MemoryModel
 from sana.pipelines.options import InferenceOptions
 from sana.pipelines.plan import MemoryLimitError
+from sana.pipelines.plan_stages import make_tiling
 from sana.pipelines.sana_pipeline import SanaPipeline
 
 SMALL, LARGE, WIDE = ImageSize(64, 64, 64, 64), ImageSize(256, 128, 256, 128), ImageSize(32, 512, 32, 512)
@@ -116,3 +118,19 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(unloaded):
     with pytest.raises(MemoryLimitError):
         plan_memory(unloaded, InferenceOptions(max_vram="1kB"), [SMALL])
     assert unloaded.transformer is None and unloaded._text_encoder is None and unloaded._autoencoder is None
+
+
+def test_a_start_from_a_small_picture_is_planned_with_its_encoding(unloaded):
+    """The encoder needs more than the decoder: what the picture alone fits into gets tiles, and less is refused."""
+    large = ImageSize(512, 512, 512, 512)
+    model = MemoryModel(unloaded.config, device="cpu", dtype=torch.float32)
+    plain = plan_memory(unloaded, InferenceOptions(max_vram="10GB"), [large])
+    encoding = plain.stages[-1].resident + model.encode(512, 512, 1)
+    assert plain.peak < encoding and plain.settings.tile is None
+    limit = f"{encoding - 1}B"
+    upscaled = plan_memory(unloaded, InferenceOptions(max_vram=limit, upscale_from=64), [large])
+    assert upscaled.settings.tile is not None
+    tiles = make_tiling(upscaled.settings.tile)
+    assert upscaled.stages[-1].resident + model.encode(512, 512, 1, tiling=tiles) < encoding
+    with pytest.raises(MemoryLimitError, match="upscale_from encodes a picture of 512x512"):
+        plan_memory(unloaded, InferenceOptions(max_vram=limit, upscale_from=64, vae_tiling=False), [large])
