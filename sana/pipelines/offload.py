@@ -16,11 +16,12 @@ from sana.models.layers.residency import Mover
 from sana.models.layers.schedule import Residency
 from sana.pipelines import loading
 from sana.pipelines.offload_units import CAST_KEPT, NETWORKS, is_castable, units_of
-from sana.utils.dtype import dtype_name
 
 KINDS = ("none", "model", "sequential", "group")
 ATTRIBUTES = {"transformer": "transformer", "_autoencoder": "autoencoder", "_text_encoder": "text_encoder"}
-FIXED_ADDRESSES = ("graph", "max")  # modes of compile() that read weights where they lay before
+# What a mode of compile() goes with: "graph" and "max" read weights where they lay before, and in "regional" a block is
+# compiled as a whole, with what would move it. An entry is a kind of offload, or "casting".
+COMPILED_WITH: dict[str, tuple[str, ...]] = {"graph": (), "max": (), "regional": ("model",)}
 REMEDY_ON_CPU = (
     "On a CPU weights are read from the file where they lie (mmap) already; what lowers the memory is "
     "vae.enable_tiling(), quantize(), enable_layerwise_casting() and dtype='bf16'."
@@ -179,9 +180,9 @@ class Offloadable:
             if not dtype.is_floating_point:
                 raise ValueError(f"Layerwise casting needs floating-point dtypes, not {dtype}.")
         if self._casting is not None:
-            stored = dtype_name(self._casting.storage_dtype)
+            stored = self._casting.storage_dtype
             raise ValueError(f"The weights are stored in {stored} already; load them anew to store them otherwise.")
-        self._refuse_fixed_addresses("layerwise casting")
+        self._refuse_compiled("layerwise casting", "casting")
         networks = ("transformer", "text_encoder") if text_encoder else ("transformer",)
         self._casting = _Casting(networks, storage_dtype, compute_dtype, (*CAST_KEPT, *(skip or ())))
         try:
@@ -237,7 +238,7 @@ class Offloadable:
             raise ValueError(f"Offload moves nothing on a pipeline that computes on the CPU.{more} {REMEDY_ON_CPU}")
         if prefetch and target.type != "cuda":
             raise ValueError(f"use_stream needs a CUDA device, not {target}; give use_stream=False.")
-        self._refuse_fixed_addresses(f"{kind} offload")
+        self._refuse_compiled(f"{kind} offload", kind)
         mover = Mover(target, pin=not low_cpu_mem_usage, prefetch=prefetch)
         self._change(_Offload(kind, mover, group, prefetch))
         return self
@@ -290,12 +291,22 @@ class Offloadable:
         if features is not None:
             features.clear()
 
-    def _refuse_fixed_addresses(self, what: str) -> None:
+    def _refuse_compiled(self, what: str, kind: str) -> None:
         compiled: Any = getattr(self, "_compiled", None)
-        if compiled is not None and compiled.settings.mode in FIXED_ADDRESSES:
+        if compiled is not None and kind not in COMPILED_WITH.get(compiled.settings.mode, (kind,)):
             raise ValueError(
-                f"{what} moves weights, and compile({compiled.settings.mode!r}) reads them at fixed addresses; "
-                "call compile('off') or compile('regional') first."
+                f"{what} moves weights that compile({compiled.settings.mode!r}) wants to stay where they are; call "
+                "compile('off') first (model offload goes with compile('regional'))."
+            )
+
+    def _refuse_to_compile(self, mode: str) -> None:
+        kinds = ([self.offload] if self.offload != "none" else []) + (["casting"] if self._casting is not None else [])
+        unfit = [kind for kind in kinds if kind not in COMPILED_WITH.get(mode, (kind,))]
+        if unfit:
+            what = "layerwise casting" if unfit[0] == "casting" else f"{unfit[0]} offload"
+            raise ValueError(
+                f"compile({mode!r}) wants weights to stay where they are, and {what} moves them; call "
+                "disable_offload() first, or leave one of the two (model offload goes with compile('regional'))."
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -308,11 +319,8 @@ class Offloadable:
             raise ValueError(f"The pipeline offloads to {self.device}; call disable_offload() before another device.")
         if name == "dtype" and value != self.dtype:
             raise ValueError(f"An offloaded or cast pipeline keeps its dtype {self.dtype}; disable that first.")
-        if name == "_compiled" and value is not None and value.settings.mode in FIXED_ADDRESSES:
-            raise ValueError(
-                f"compile({value.settings.mode!r}) reads weights at fixed addresses, and offload or layerwise casting "
-                "moves them; use compile('regional'), or disable_offload() first."
-            )
+        if name == "_compiled" and value is not None:
+            self._refuse_to_compile(value.settings.mode)
         network = ATTRIBUTES.get(name)
         if network is not None and network in self._residencies and self._residencies[network].network is not value:
             self._detach(network)

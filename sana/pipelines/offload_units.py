@@ -16,7 +16,7 @@ TRANSFORMER_UNREAD = ("pos_embed", "y_embedder.y_embedding")
 TEXT_LAYERS = ("layers", "block")
 # What layerwise casting keeps exact in a unit: parts of names. Vectors (norms, biases) it keeps always, and everything
 # outside blocks and layers: embeddings, the projection of the time, the output layer.
-CAST_KEPT = ("norm", "scale_shift_table", "depth_conv", "relative_attention_bias")
+CAST_KEPT = ("norm", "embed", "scale_shift_table", "depth_conv", "relative_attention_bias")
 
 
 def units_of(name: str, network: nn.Module) -> Units:
@@ -57,8 +57,9 @@ def _text_encoder(network: Any) -> Units:
         for layer in module
     ]
     inside = {id(module) for layer in layers for module in layer.modules()}
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and id(module) not in inside]
-    return Units((*tables, *_outermost(layers)), (model,), lazy=True)
+    outside = [module for module in model.modules() if isinstance(module, nn.Embedding) and id(module) not in inside]
+    tables = {id(module.weight): module for module in outside}  # T5 reads the last of two modules with one table
+    return Units((*tables.values(), *_outermost(layers)), (model,), lazy=True)
 
 
 def _autoencoder(network: Any) -> Units:

@@ -138,7 +138,8 @@ class Residency:
         self._sessions = 0
         self._base: list[Slot] = []  # held while the network is in use
         self._entered = [0] * len(units.order)
-        self._handles = self._hook()
+        self._handles = self._hook_entries()
+        self._unit_handles: list[RemovableHandle] = []
         network._apply = _guard(found)  # type: ignore[method-assign]
         network._residency = self  # type: ignore[assignment]  # it lives as long as the network
 
@@ -163,8 +164,8 @@ class Residency:
                 slot.live_with(mover)
             self._mover, self._groups = mover, None
             if mover is not None and group and self.members:
-                deep = self.units.deep
-                self._groups = Groups(self.members, group, mover, prefetch=prefetch, keep=deep)
+                self._groups = Groups(self.members, group, mover, prefetch=prefetch, keep=self.units.deep)
+            self._hook_units()
 
     def cast(self, dtype: torch.dtype, compute_dtype: torch.dtype | None, wanted: Callable[[Slot], bool]) -> int:
         """Keeps tensors of units in another dtype, from which they are cast while their unit runs.
@@ -186,6 +187,7 @@ class Residency:
                 if slot.compute_dtype is None and target != dtype:
                     slot.store(dtype, target)
                     count += 1
+            self._hook_units()
         return count
 
     def close(self) -> None:
@@ -197,7 +199,7 @@ class Residency:
                     slot.widen()
             for slot in slots_below(self.network):
                 slot.stay()
-            for handle in self._handles:
+            for handle in (*self._handles, *self._unit_handles):
                 handle.remove()
             for module in self.network.modules():
                 _UNITS.pop(module, None)
@@ -290,14 +292,24 @@ class Residency:
             if self._groups is not None and not self._entered[unit]:
                 self._groups.leave(unit)
 
-    def _hook(self) -> list[RemovableHandle]:
-        handles = []
+    def _hook_units(self) -> None:
+        """Watches the units where they come and go, and only there: a hook would be compiled with its block."""
+        casts = any(slot.compute_dtype is not None for slot in self.slots)
+        wanted = self._groups is not None or casts
+        if not wanted:
+            for handle in self._unit_handles:
+                handle.remove()
+            self._unit_handles = []
+        if not wanted or self._unit_handles:
+            return
         for index, unit in enumerate(self.units.order):
             for module in unit.modules() if self.units.deep else (unit,):
-                if module not in _UNITS:
-                    _UNITS[module] = (ref(self), index)
-                    handles.append(module.register_forward_pre_hook(_unit_begins, prepend=True))
-                    handles.append(module.register_forward_hook(_unit_ends, always_call=True))
+                _UNITS[module] = (ref(self), index)
+                self._unit_handles.append(module.register_forward_pre_hook(_unit_begins, prepend=True))
+                self._unit_handles.append(module.register_forward_hook(_unit_ends, always_call=True))
+
+    def _hook_entries(self) -> list[RemovableHandle]:
+        handles = []
         for entry in self.units.entries:
             _ENTRIES[entry] = ref(self)
             handles.append(entry.register_forward_pre_hook(_entry_begins, prepend=True))
@@ -343,7 +355,7 @@ def _entry_ends(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _guard(found: "ref[Residency]") -> Callable[..., nn.Module]:
-    """Returns a network's `_apply` while it is managed: to be moved or cast is refused, and all else changes nothing."""
+    """Returns the `_apply` of a managed network: to be moved or cast is refused, and all else changes nothing."""
 
     @functools.wraps(nn.Module._apply)
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

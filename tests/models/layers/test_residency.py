@@ -152,6 +152,17 @@ def test_the_range_of_8_bits_is_used(exponent, values):
     assert range_scale(tensor, torch.bfloat16) == range_scale(torch.zeros(3), torch.float8_e4m3fn) == 1.0
 
 
+def test_small_weights_profit_from_the_scale():
+    """Weights of a wide layer, some thousandths large, are subnormal numbers in e4m3 without it."""
+    weight = torch.randn(512, 512) / 500
+    scale = range_scale(weight, torch.float8_e4m3fn)
+    errors = [
+        float(((weight / factor).to(torch.float8_e4m3fn).float() * factor - weight).norm() / weight.norm())
+        for factor in (scale, 1.0)
+    ]
+    assert errors[0] < 0.03 and errors[1] > 5 * errors[0]
+
+
 def test_stored_weights_are_rounded_once_and_cast_at_use(network):
     exact = network.first.weight.clone()
     slot = next(slot for slot in manage(network) if slot.name == "first.weight")

@@ -188,6 +188,7 @@ def test_the_kind_may_change_and_end():
     network(x)
     other = StandIn()
     residency.offload(other)
+    assert not network.blocks[0]._forward_pre_hooks  # a block could be compiled
     assert torch.equal(network(x), wanted) and mover.resident == 0 < other.fetched
     residency.close()
     assert torch.equal(network(x), wanted) and other.resident == 0
