@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sana.models.quantization import kernels
 from sana.models.weights import load_state_dict
 from sana.pipelines import batch, command, loading
 from sana.pipelines.images import read_recipe
@@ -178,6 +179,13 @@ def test_a_list_that_does_not_fit_is_refused_before_weights_are_loaded(arguments
     monkeypatch.setattr(loading, "load_transformer", lambda *given: pytest.fail("weights were loaded"))
     code, line = run_failing([*arguments, "--max_vram=1kB"], capsys)
     assert code == command.DOES_NOT_FIT and "0.0" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scheme_whose_package_is_missing_names_the_extra(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    code, line = run_failing([*arguments, "--quantization=nf4"], capsys)
+    assert code == 1 and "bitsandbytes" in line and "pip install" in line
     assert not (tmp_path / "out").exists()
 
 
