@@ -15,7 +15,7 @@ INTERRUPTED = 130
 PATIENCE_SECONDS = 8.0  # a process needs some to end, on a busy machine
 FORESEEN = (  # by name: importing their homes takes seconds
     "CheckpointError", "CheckpointWriteError", "DataError", "FetchError", "NonFiniteError", "OutOfMemoryError",
-    "QuantizationUnavailableError", "TextEncoderError", "TrackerError", "TrainingDivergedError",
+    "TextEncoderError", "TrackerError", "TrainingDivergedError",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """scripts/inference.py: its flags, exit codes, one-sentence errors, and the command as a user runs it."""
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -12,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sana.models.quantization import kernels
 from sana.models.weights import load_state_dict
 from sana.pipelines import batch, command, loading
 from sana.pipelines.images import read_recipe
@@ -183,9 +183,11 @@ def test_a_list_that_does_not_fit_is_refused_before_weights_are_loaded(arguments
 
 
 def test_a_scheme_whose_package_is_missing_names_the_extra(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    missing = lambda name, package=None: None if name == "bitsandbytes" else find(name, package)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
     code, line = run_failing([*arguments, "--quantization=nf4"], capsys)
-    assert code == 1 and "bitsandbytes" in line and "pip install" in line
+    assert code == 2 and "bitsandbytes" in line and "pip install" in line
     assert not (tmp_path / "out").exists()
 
 
