@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--packing", type=or_word(truth, "auto"), metavar="BOOL", help="a CPU's copies of weights in its own layout")
     add("--split", **flag, help="pictures may be made in several calls (default: true)")
     add("--train", **flag, help="plan the config's training run instead of pictures")
+    add("--checkpointing", help="with --train: what is computed again, none, ffn, blocks or auto")
     add("--json", **flag, help="print JSON, amounts in bytes")
     add("--debug", **flag, help="tracebacks of errors")
     return parser
@@ -85,8 +86,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         from sana.pipelines.plan_options import plan_command
+        from sana.pipelines.plan_search import MemoryLimitError
 
-        report = plan_command(given, rest)
+        try:
+            report = plan_command(given, rest)
+        except MemoryLimitError as error:
+            if as_json:
+                print(json.dumps(error.as_dict(), indent=2))
+            raise
         print(json.dumps(report.as_dict(), indent=2) if as_json else report)
 
     return run_command(work, debug=debug)

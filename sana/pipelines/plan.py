@@ -100,10 +100,11 @@ class Plan(Sheet):
                 "make the plan with pipeline.plan(...)."
             )
         for network, scheme in quantised_already(pipeline).items():
-            if getattr(self.settings, SCHEME_FIELDS[network]) != scheme:
+            name = SCHEME_FIELDS[network]
+            if getattr(self.settings, name) != scheme:
                 raise ValueError(
-                    f"This plan's {SCHEME_FIELDS[network]} is {getattr(self.settings, SCHEME_FIELDS[network]) or NONE}, "
-                    f"and the pipeline's {network} is {scheme} already; make the plan with pipeline.plan(...)."
+                    f"This plan's {name} is {getattr(self.settings, name) or NONE}, and the pipeline's {network} is "
+                    f"{scheme} already; make the plan with pipeline.plan(...)."
                 )
         planned = make_job(pipeline.config, self.request).dtype
         if pipeline.dtype != planned:

@@ -55,6 +55,23 @@ def parse_memory(name: str, amount: int | str) -> int:
     return math.floor(Fraction(number) * factor)
 
 
+def parse_limit(max_vram: int | str | None, margin: int | str) -> int | None:
+    """Returns the bytes that may be allocated: `max_vram` less the margin; None where there is no bound.
+
+    Raises:
+        ValueError: one of them is no amount of memory, nothing is left, or there is a margin of nothing.
+    """
+    kept = parse_memory("margin", margin)
+    if max_vram is None:
+        if kept:
+            raise ValueError("margin keeps memory free below max_vram, and no max_vram was given.")
+        return None
+    limit = parse_memory("max_vram", max_vram) - kept
+    if limit <= 0:
+        raise ValueError(f"margin {margin} leaves nothing of max_vram {max_vram}.")
+    return limit
+
+
 def format_memory(amount: int, *, up: bool = False) -> str:
     """Returns bytes as text that `parse_memory` reads: GB with two decimals, below 0.1 GB in MB with one.
 
@@ -114,14 +131,11 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         inputs.check_count("batch", self.batch, MAX_BATCH)
-        _check_choice("device", self.device, DEVICES)
-        _check_choice("offload", self.offload, (AUTO, *OFFLOADS))
+        check_choice("device", self.device, DEVICES)
+        check_choice("offload", self.offload, (AUTO, *OFFLOADS))
         if self.dtype is not None:
             parse_dtype(self.dtype)
-        if self.margin_bytes and self.limit is None:
-            raise ValueError("margin keeps memory free below max_vram, and no max_vram was given.")
-        if self.limit is not None and self.limit <= 0:
-            raise ValueError(f"margin {self.margin} leaves nothing of max_vram {self.max_vram}.")
+        parse_limit(self.max_vram, self.margin)
         self._check_tiling()
         if self.packing not in (True, False, AUTO):
             raise ValueError(f"packing must be true, false or auto, not {self.packing!r}.")
@@ -158,8 +172,8 @@ class PlanRequest:
 
     @property
     def limit(self) -> int | None:
-        """Bytes that may be allocated: `max_vram` less the margin; None where there is no bound."""
-        return None if self.max_vram is None else parse_memory("max_vram", self.max_vram) - self.margin_bytes
+        """Bytes that may be allocated; None where there is no bound."""
+        return parse_limit(self.max_vram, self.margin)
 
 
 @dataclass(frozen=True)
@@ -253,13 +267,14 @@ def check_scheme(name: str, scheme: str, device: str) -> None:
 
     known: Any = SCHEMES
     if scheme not in known:
-        _check_choice(name, scheme, (AUTO, NONE, *known))
+        check_choice(name, scheme, (AUTO, NONE, *known))
     if device not in known[scheme].devices:
         usable = [one for one in known if device in known[one].devices]
         raise ValueError(f"{name} {scheme!r} does not run on {device}; these do: {', '.join(usable)}.")
 
 
-def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises ValueError, naming the nearest, unless `value` is one of the known ones."""
     names = list(known)
     if value not in names:
         raise ValueError(f"Unknown {name} {value!r}.{suggest(str(value), names)} Allowed: {', '.join(names)}.")

@@ -31,6 +31,11 @@ class MemoryLimitError(RuntimeError):
         super().__init__(message)
         self.needed, self.allowed, self.stage = needed, allowed, stage
 
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values, amounts in bytes."""
+        numbers = {"needed": self.needed, "allowed": self.allowed, "decisive": self.stage}
+        return {"fits": False, **numbers, "message": str(self)}
+
 
 @dataclass(frozen=True)
 class Placement:

@@ -1,1 +1,249 @@
-"""What a training run needs in memory, and the batch size that fits. Placeholder until the numbers are there."""
+"""What a training run needs in memory, and the batch size and recomputation that fit. One process, no shards.
+
+The numbers are of `sana.pipelines.memory.training`; a table of them is in `plan_report.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from sana.config import SanaConfig
+from sana.config_extra import train_extra
+from sana.pipelines import inputs
+from sana.pipelines.plan_report import Reason, Sheet
+from sana.pipelines.plan_request import (
+    AUTO,
+    DEVICES,
+    MAX_BATCH,
+    check_choice,
+    format_memory,
+    parse_limit,
+    parse_memory,
+)
+from sana.pipelines.plan_search import MemoryLimitError, greatest
+from sana.pipelines.plan_stages import Stage
+
+CHECKPOINTING = ("none", "ffn", "blocks")  # in the order of what they cost
+KEYS = {"ffn": "train.extra.checkpoint_ffn", "blocks": "train.grad_checkpointing"}
+WORDS = {"none": "nothing computed again", **KEYS}
+NOTE = "one process without shards (train.use_fsdp); validation pictures, batches on their way and saving are left out."
+
+
+class TrainingModel(Protocol):
+    """What gives the numbers: bytes of a run, by its settings."""
+
+    def stages(self, batch: int, checkpointing: str) -> tuple[Stage, ...]:
+        """Returns what every stage of a step holds.
+
+        Args:
+            batch: images of a micro-batch.
+            checkpointing: one of CHECKPOINTING.
+        """
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What a training run may need. All else is the config's.
+
+    Attributes:
+        batch: images of a micro-batch; "auto": the config's `train.train_batch_size`, or fewer where that does not fit.
+        checkpointing: what is computed again for gradients: "none", "ffn" (`train.extra.checkpoint_ffn`), "blocks"
+            (`train.grad_checkpointing`) or "auto".
+        device: "cuda" or "cpu".
+        max_vram: bytes, or a text such as "32GB"; None: nothing is chosen, and "auto" is what the config says.
+        margin: bytes or text, kept free below `max_vram`.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    batch: int | str = AUTO
+    checkpointing: str = AUTO
+    device: str = "cuda"
+    max_vram: int | str | None = None
+    margin: int | str = 0
+
+    def __post_init__(self) -> None:
+        if self.batch != AUTO:
+            inputs.check_count("batch", self.batch, MAX_BATCH)  # type: ignore[arg-type]
+        check_choice("checkpointing", self.checkpointing, (AUTO, *CHECKPOINTING))
+        check_choice("device", self.device, DEVICES)
+        parse_limit(self.max_vram, self.margin)
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that may be allocated; None where there is no bound."""
+        return parse_limit(self.max_vram, self.margin)
+
+
+@dataclass(frozen=True)
+class TrainingPlan(Sheet):
+    """What a training run needs, and the settings that it needs it with.
+
+    Attributes:
+        batch: images of a micro-batch.
+        checkpointing: one of CHECKPOINTING.
+        accumulation: micro-batches of one optimiser step, so that it sees at least as many images as the config says.
+    """
+
+    batch: int
+    checkpointing: str
+    accumulation: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {
+            "batch": self.batch, "checkpointing": self.checkpointing, "gradient_accumulation_steps": self.accumulation,
+        }  # fmt: skip
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """The arguments that make `train_scripts/train.py` run so."""
+        blocks, ffn = self.checkpointing == "blocks", self.checkpointing == "ffn"
+        return (
+            f"--train.train_batch_size={self.batch}",
+            f"--train.gradient_accumulation_steps={self.accumulation}",
+            f"--train.grad_checkpointing={str(blocks).lower()}",
+            f"--train.extra.checkpoint_ffn={str(ffn).lower()}",
+        )
+
+
+def make_training_plan(
+    config: SanaConfig, request: TrainingRequest, *, model: TrainingModel | None = None
+) -> TrainingPlan:
+    """Plans a training run. Nothing is loaded, no data is read, no device is needed.
+
+    With a bound, the first of these that fits is taken: the whole batch without recomputing anything, with the wide
+    values of the Mix-FFN computed again, with whole blocks computed again; then fewer images a micro-batch, as many as
+    fit, with more micro-batches a step. What the request fixes is kept.
+
+    Args:
+        config: of the run.
+        request: what is open, and how much memory there is.
+        model: what gives the numbers; None: `sana.pipelines.memory`.
+
+    Raises:
+        ValueError: the request does not fit the config.
+        MemoryLimitError: not even one image fits.
+    """
+    ways = _ways(config, request)
+    model = model or _memory_model(config, request.device)
+    known: dict[tuple[int, str], tuple[Stage, ...]] = {}
+
+    def stages(batch: int, way: str) -> tuple[Stage, ...]:
+        if (batch, way) not in known:
+            known[batch, way] = model.stages(batch, way)
+        return known[batch, way]
+
+    asked = config.train.train_batch_size if request.batch == AUTO else int(request.batch)
+    batch, way = _choose(request, asked, ways, lambda *one: _need(stages(*one)))
+    wanted = config.train.train_batch_size * config.train.gradient_accumulation_steps
+    accumulation = -(-wanted // batch)
+    return TrainingPlan(
+        headline=_headline(config, request, batch),
+        stages=stages(batch, way),
+        limit=request.limit,
+        host=0,
+        reasons=_reasons(config, request, (batch, way, accumulation), lambda *one: _need(stages(*one))),
+        notes=(NOTE,),
+        batch=batch,
+        checkpointing=way,
+        accumulation=accumulation,
+    )
+
+
+def _need(stages: tuple[Stage, ...]) -> int:
+    return max(stage.total for stage in stages)
+
+
+def _ways(config: SanaConfig, request: TrainingRequest) -> tuple[str, ...]:
+    """Returns the kinds of recomputation that may be chosen."""
+    extra = train_extra(config.train.extra)
+    mix_ffn = config.model.ffn_type.startswith("glumbconv")
+    if request.checkpointing == "ffn" and not mix_ffn:
+        raise ValueError(f"checkpointing ffn needs a Mix-FFN; model.ffn_type is {config.model.ffn_type!r}.")
+    if request.checkpointing != AUTO:
+        return (request.checkpointing,)
+    if request.limit is None:
+        return ("blocks" if config.train.grad_checkpointing else "ffn" if extra.checkpoint_ffn else "none",)
+    return tuple(way for way in CHECKPOINTING if mix_ffn or way != "ffn")
+
+
+def _choose(
+    request: TrainingRequest, asked: int, ways: tuple[str, ...], need: Callable[[int, str], int]
+) -> tuple[int, str]:
+    """Returns the micro-batch and the recomputation that fit.
+
+    Raises:
+        MemoryLimitError: none does.
+    """
+    limit = request.limit
+    if limit is None:
+        return asked, ways[0]
+    for way in ways:
+        if need(asked, way) <= limit:
+            return asked, way
+    if request.batch == AUTO:
+        most = {way: greatest(asked - 1, partial(_fits, need, limit, way)) for way in ways}
+        best = max(most.values())
+        if best:
+            return best, next(way for way in ways if most[way] == best)
+    batch = 1 if request.batch == AUTO else asked
+    least = min(ways, key=lambda way: need(batch, way))
+    needed = need(batch, least)
+    fitting = format_memory(needed + parse_memory("margin", request.margin), up=True)
+    images = f"{batch} image{'s' if batch > 1 else ''} a micro-batch"
+    raise MemoryLimitError(
+        f"Training does not fit into {format_memory(limit)}: {images} need {format_memory(needed, up=True)} with "
+        f"{WORDS[least]}; it fits with max_vram {fitting}"
+        + ("." if request.batch == AUTO else ", or perhaps with batch auto."),
+        needed=needed, allowed=limit, stage="training",
+    )  # fmt: skip
+
+
+def _fits(need: Callable[[int, str], int], limit: int, way: str, batch: int) -> bool:
+    return need(batch, way) <= limit
+
+
+def _headline(config: SanaConfig, request: TrainingRequest, batch: int) -> str:
+    side, optimizer = config.data.image_size, config.train.optimizer.get("type", "AdamW")
+    sources = [name for name, there in _cached(config).items() if there]
+    cached = f", cached {' and '.join(sources)}" if sources else ""
+    return (
+        f"training of {config.model.model}: {batch} of {side} x {side} px a micro-batch, {optimizer}, "
+        f"{config.model.mixed_precision} on {request.device}{cached}"
+    )
+
+
+def _cached(config: SanaConfig) -> Mapping[str, bool]:
+    return {"latents": config.data.load_vae_feat, "text features": config.data.load_text_feat}
+
+
+def _reasons(
+    config: SanaConfig, request: TrainingRequest, chosen: tuple[int, str, int], need: Callable[[int, str], int]
+) -> tuple[Reason, ...]:
+    batch, way, accumulation = chosen
+    asked = config.train.train_batch_size
+    if request.batch != AUTO:
+        why = "as asked for"
+    elif batch == asked:
+        why = "the config's"
+    else:
+        why = f"the greatest that fits; {asked}, the config's, need {format_memory(need(asked, way))}"
+    if request.checkpointing != AUTO:
+        recompute = "as asked for"
+    elif request.limit is None:
+        recompute = "the config's"
+    elif way == CHECKPOINTING[0]:
+        recompute = "nothing has to be computed again"
+    else:
+        recompute = f"{KEYS[way]}; without it {format_memory(need(batch, CHECKPOINTING[0]))} are needed"
+    return (
+        Reason("batch", str(batch), why),
+        Reason("checkpointing", way, recompute),
+        Reason("accumulation", str(accumulation), f"for {batch * accumulation} images a step"),
+    )
+
+
+def _memory_model(config: SanaConfig, device: str) -> TrainingModel:
+    raise NotImplementedError

@@ -53,7 +53,7 @@ def job(**options: Any) -> Job:
         # One unit: 1500 M of the text encoder, 600 M of the autoencoder.
         (1_899, Settings(offload="sequential", tile=512)),
         (1_500, Settings(offload="sequential", tile=256)),
-        # An int8 text encoder needs 1000 M as "group"; the transformer's 1200 M and 200 M decide, then 1100 M and 200 M.
+        # An int8 text encoder needs 1000 M as "group"; the transformer's 1200 M and 200 M decide, then 1100 M.
         (1_499, Settings(offload="group", tile=128, text_quantization="int8")),
         (1_399, Settings(offload="sequential", tile=256, text_quantization="int8")),
         # The transformer too: 550 M and 200 M; the autoencoder's 600 M and 456 M decide.
@@ -89,7 +89,8 @@ def test_on_a_cpu_packed_copies_go_before_quality(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "fixed",
     [
-        {"offload": "none"}, {"tiling": 256}, {"tiling": "none"}, {"quantization": "nf4"}, {"text_quantization": "none"},
+        {"offload": "none"}, {"tiling": 256}, {"tiling": "none"}, {"quantization": "nf4"},
+        {"text_quantization": "none"},
         {"offload": "sequential", "quantization": "int8", "text_quantization": "nf4", "tiling": 512},
     ],
 )  # fmt: skip
