@@ -79,10 +79,9 @@ def check_quantizable(
     check_patterns(keep)
     if (found := quantization_of(model)) is not None:
         raise ValueError(f"The {label(kind)} is quantised to {found.scheme} already, which cannot be undone.")
-    chosen = choose_layers(network, kind, scheme, keep)
     _check_state(network, kind)
-    require(scheme, device or _weight(network.get_submodule(chosen[0])).device)
-    return network, chosen
+    require(scheme, device or next(network.parameters()).device)
+    return network, choose_layers(network, kind, scheme, keep)
 
 
 def network_of(model: nn.Module) -> tuple[nn.Module, str]:
@@ -110,12 +109,14 @@ def choose_layers(network: nn.Module, kind: str, scheme: str, keep: Sequence[str
     for path, module in network.named_modules():
         if isinstance(module, LARGE_LAYERS):
             name = plain_name(path)
-            if matches(name, table.quantized):
+            owner = network.get_submodule(name.rpartition(".")[0])
+            replaceable = isinstance(module, nn.Linear) or isinstance(owner, MixFFN)
+            if matches(name, table.quantized) and replaceable:
                 found[name] = module.weight.shape
             elif not matches(name, table.exact):
                 raise ValueError(
-                    f"Nothing says whether {path} ({_owner(network, path)}) may be quantised: its kind of layer is "
-                    f"not known to {__name__.rpartition('.')[0]}.layers."
+                    f"Nothing says how {path} in a {type(owner).__name__} is quantised, or that it stays exact: "
+                    f"that kind of layer is not known to {__name__.rpartition('.')[0]}.layers."
                 )
     for pattern in keep:
         if not matches_any(pattern, found):
@@ -195,10 +196,6 @@ def _check_state(network: nn.Module, kind: str) -> None:
     unusual = next((name for name, one in network.named_parameters() if not one.is_floating_point()), None)
     if unusual is not None:
         raise ValueError(f"The {label(kind)} holds {unusual}, which is no floating-point weight: it is packed already.")
-
-
-def _owner(network: nn.Module, path: str) -> str:
-    return type(network.get_submodule(path.rpartition(".")[0].removesuffix(".conv"))).__name__
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -117,15 +117,15 @@ def fill(network: nn.Module, kind: str, source: Source, target: Target) -> None:
     """
     wanted = target.wanted
     if source.stored is not None:
-        _check_wanted(network, kind, source, wanted)
         require(source.stored.scheme, target.runs_on)
+        _check_wanted(network, kind, source, wanted)
         _check_layers(network, kind, source.stored, source.name)
         empty_layers(network, source.stored)
         _check(network, source)
     else:
         assert wanted is not None, "an exact file is quantised here, or loaded elsewhere"
-        chosen = choose_layers(network, kind, wanted.scheme, wanted.keep)
         require(wanted.scheme, target.runs_on)
+        chosen = choose_layers(network, kind, wanted.scheme, wanted.keep)
         _check(network, source)
         _quantize_layers(network, Quantization(wanted.scheme, chosen), source, target)
     _assign_rest(network, source, target.dtype, target.device)

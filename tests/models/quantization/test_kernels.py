@@ -1,4 +1,4 @@
-"""What each scheme stores and computes, judged by torchao's and bitsandbytes' own layers and by written-out formulas."""
+"""What each scheme stores and computes, judged by torchao's and bitsandbytes' own layers and by formulas."""
 
 import importlib.util
 
