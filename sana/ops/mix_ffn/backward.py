@@ -115,7 +115,7 @@ def gate_backward_kernel(
         taps = open_window(x + hidden, first, limit, columns, channels, width, stride, fits)
     for row in range(first, last):
         inside = fits & (columns < width)[:, None]
-        token = (row * width + columns)[:, None]
+        token = (tl.cast(row, tl.int64) * width + columns)[:, None]
         at = narrow + token * hidden + channels[None, :]
         at_wide = d_conv + wide + token * stride + channels[None, :]
         gradient = tl.load(d_out + at, mask=inside, other=0.0).to(tl.float32)
@@ -178,7 +178,7 @@ def input_backward_kernel(
     above, here, soon, later = open_window(d_conv, first, limit, columns, channels, width, hidden, fits)
     for row in range(first, last):
         inside = fits & (columns < width)[:, None]
-        at = wide + (row * width + columns)[:, None] * stride + channels[None, :]
+        at = wide + (tl.cast(row, tl.int64) * width + columns)[:, None] * stride + channels[None, :]
         value = tl.load(pre + at, mask=inside, other=0.0).to(tl.float32)
         new = load_taps(d_conv, row + 3, limit, columns, channels, width, hidden, fits)
         below = widen(soon)

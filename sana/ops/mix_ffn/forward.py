@@ -38,7 +38,7 @@ def silu(x):
 @triton.jit
 def load_taps(image, row, limit, columns, channels, width, stride, fits):
     """Returns (left, middle, right): neighbours of `columns` in a row, zero outside the grid and from `limit` on."""
-    at = image + row * width * stride + channels[None, :]
+    at = image + tl.cast(row, tl.int64) * (width * stride) + channels[None, :]
     fits = fits & (row >= 0) & (row < limit)
     column = columns[:, None]
     left = tl.load(at + (column - 1) * stride, mask=fits & (column >= 1) & (column <= width), other=0.0)
@@ -242,7 +242,7 @@ def depthwise_kernel(
             gate = gate[1], below_gate, gate[3], new_gate
         else:
             value = silu(value)
-        at = out + (row * width + columns)[:, None] * hidden + channels[None, :]
+        at = out + tl.cast(row, tl.int64) * (width * hidden) + columns[:, None] * hidden + channels[None, :]
         tl.store(at, value.to(out.dtype.element_ty), mask=fits & (columns < width)[:, None])
 
 
