@@ -7,6 +7,7 @@ from torch import Tensor
 from sana.ops.mix_ffn import cpu
 from sana.ops.mix_ffn.cpu import chunk_rows, mix_ffn_cpu
 from sana.ops.mix_ffn.reference import mix_ffn
+from sana.pipelines.memory.tracker import MemoryTracker
 from tests.tolerance import assert_rms_close
 
 DIM, HIDDEN, OUT = 24, 40, 16
@@ -60,3 +61,20 @@ def test_chunks_are_about_equal_and_no_larger_than_allowed() -> None:
 def test_a_chunk_never_has_fewer_rows_than_its_neighbours_need(monkeypatch) -> None:
     monkeypatch.setattr(cpu, "CHUNK_BYTES", 1)
     assert [chunk_rows((40, 9), 4, reach) for reach in (0, 1, 2, 3)] == [1, 2, 4, 6]
+
+
+def test_what_is_made_on_the_way_is_a_few_chunks(monkeypatch) -> None:
+    layers, grid, chunk = draw(torch.float32, 3, biases=True), (60, 16), 6 * 16 * HIDDEN * 4
+    x = torch.randn(2, 60 * 16, DIM)
+
+    def made() -> int:
+        with torch.no_grad():
+            mix_ffn_cpu(x, grid, *layers)  # packs the weights
+            with MemoryTracker() as tracker:
+                out = mix_ffn_cpu(x, grid, *layers)
+        return tracker.peak - out.nbytes
+
+    whole = made()
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", chunk)
+    # value, expansion, the same with its carried rows, and those rows; the tracker counts the input that was cut, too
+    assert made() - x.nbytes <= 5 * chunk < whole / 5
