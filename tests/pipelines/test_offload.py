@@ -1,10 +1,9 @@
-"""Offload: the same pictures, bit for bit, in bounded memory; what does not go with it; weights in 8 bits."""
+"""Offload: the same pictures, bit for bit, in bounded memory, on a stand-in and on CUDA; what does not go with it."""
 
 import copy
 import gc
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,23 +12,13 @@ from torch import nn
 from sana.models.layers.residency import Mover, slots_below
 from sana.ops import packing
 from sana.pipelines.denoise import NonFiniteError
-from sana.pipelines.offload import Offloadable, _Offload
+from sana.pipelines.offload import _Offload
 from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.pipelines.sprint import SanaSprintPipeline
 from tests.models.layers.stand_in import StandIn
 from tests.parity.runners.pipeline import build_pipeline
+from tests.pipelines.offloaded import BUNDLED, CALL, KINDS, put_away
 from tests.tiny_model import recorded_case
-
-CALL = {"prompt": ["a cat", "two dogs by the sea"], "seed": 3, "num_inference_steps": 3, "progress_bar": False}
-KINDS = {
-    "model": _Offload("model"),
-    "sequential": _Offload("sequential", group=1),
-    "group": _Offload("group", group=1, prefetch=True),
-    "group of two": _Offload("group", group=2, prefetch=True),
-    "group without stream": _Offload("group", group=1),
-}
-BUNDLED = Path("asset/models/sana_tiny")
-PICTURE = {"prompt": "a red circle above a blue square", "seed": 1, "num_inference_steps": 8, "progress_bar": False}
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +35,6 @@ def open_pipeline(model_folder) -> Callable[[], SanaPipeline]:
 @pytest.fixture(scope="module")
 def plain(model_folder) -> SanaPipeline:
     return SanaPipeline.from_pretrained(model_folder, device="cpu")
-
-
-def put_away(pipeline: Offloadable, kind: str) -> StandIn:
-    """Offloads a pipeline to a stand-in for the host."""
-    mover, asked = StandIn(), KINDS[kind]
-    pipeline._change(_Offload(asked.kind, mover, asked.group, asked.prefetch))
-    return mover
 
 
 def bytes_of(pipeline: SanaPipeline) -> dict[str, dict[str, int]]:
@@ -326,70 +308,6 @@ def test_a_network_is_changed_at_home(plain, open_pipeline):
     pipeline.enable_layerwise_casting()
     with pytest.raises(ValueError, match="is stored by layerwise casting"), pipeline.detached("transformer"):
         pass
-
-
-def test_casting_to_the_same_dtype_changes_nothing(plain, open_pipeline):
-    pipeline = open_pipeline().enable_layerwise_casting(torch.float32, text_encoder=True)
-    assert torch.equal(pipeline(**CALL), plain(**CALL))
-    assert pipeline.transformer.blocks[0].attn.qkv.weight.dtype == torch.float32
-
-
-def test_what_is_cast(open_pipeline):
-    pipeline = open_pipeline().enable_layerwise_casting(skip=["blocks.1."], text_encoder=True)
-    stored = {name for name, tensor in pipeline.transformer.state_dict().items() if tensor.dtype.itemsize == 1}
-    assert stored == {
-        "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight", "blocks.0.cross_attn.q_linear.weight",
-        "blocks.0.cross_attn.kv_linear.weight", "blocks.0.cross_attn.proj.weight",
-        "blocks.0.mlp.inverted_conv.conv.weight", "blocks.0.mlp.point_conv.conv.weight",
-    }  # fmt: skip
-    assert pipeline.transformer.dtype == torch.float32
-    pipeline(**CALL)
-    text = {name for name, tensor in pipeline.text_encoder.model.state_dict().items() if tensor.dtype.itemsize == 1}
-    assert text and all("layers." in name and "norm" not in name for name in text)
-    assert pipeline.text_encoder.dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", ["model", "sequential", "group"])
-def test_casting_goes_with_offload_in_either_order(open_pipeline, kind):
-    wanted = open_pipeline().enable_layerwise_casting(text_encoder=True)(**CALL)
-    first, second = open_pipeline(), open_pipeline().enable_layerwise_casting(text_encoder=True)
-    put_away(first, kind)
-    first.enable_layerwise_casting(text_encoder=True)
-    put_away(second, kind)
-    for pipeline in (first, second):
-        assert torch.equal(pipeline(**CALL), wanted)
-        pipeline.disable_offload()
-        assert pipeline.offload == "none" and torch.equal(pipeline(**CALL), wanted)
-        assert pipeline.transformer.blocks[0].attn.qkv.weight.dtype == torch.float8_e4m3fn
-
-
-def test_casting_that_cannot_be_done(open_pipeline):
-    pipeline = open_pipeline()
-    with pytest.raises(ValueError, match="needs floating-point dtypes, not torch.int8"):
-        pipeline.enable_layerwise_casting(torch.int8)
-    pipeline.enable_layerwise_casting()
-    with pytest.raises(ValueError, match="stored in .* already"):
-        pipeline.enable_layerwise_casting(torch.float16)
-    quantised = open_pipeline()
-    pytest.importorskip("torchao")
-    quantised.quantize("int8")
-    with pytest.raises(ValueError, match="finds nothing to store in the transformer; is it quantised already"):
-        quantised.enable_layerwise_casting()
-    assert torch.isfinite(quantised(**CALL)).all()
-
-
-def test_weights_in_8_bits_make_nearly_the_same_picture():
-    """The bundled model: 48 dB, an error that no viewer sees."""
-    pipeline = SanaPipeline.from_pretrained(BUNDLED, device="cpu")
-    wanted = pipeline(**PICTURE)
-    pipeline.enable_layerwise_casting()
-    assert pipeline.transformer.blocks[0].attn.qkv.weight.dtype == torch.float8_e4m3fn
-    assert 40 < psnr(pipeline(**PICTURE), wanted) < 60
-
-
-def psnr(image: torch.Tensor, wanted: torch.Tensor) -> float:
-    """In dB, of images in [-1, 1]."""
-    return 10 * math.log10(4 / float((image.clamp(-1, 1) - wanted.clamp(-1, 1)).square().mean()))
 
 
 @pytest.fixture
