@@ -197,6 +197,16 @@ def test_settings_that_change_pixels_change_the_recipe_and_exact_ones_do_not(opt
     assert tiled.skipped == plain.made and not tiled.made
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["model", "sequential", "group"])
+def test_offload_changes_no_picture_and_no_name(options, tmp_path, kind):
+    (plain,) = batch.run(replace(options, device="cuda"))
+    (offloaded,) = batch.run(replace(options, device="cuda", offload=kind, work_dir=str(tmp_path / kind)))
+    assert [path.name for path in offloaded.made] == [path.name for path in plain.made]
+    for first, second in zip(plain.made, offloaded.made, strict=True):
+        assert np.array_equal(pixels(first), pixels(second))
+
+
 def test_large_sizes_of_a_list_pass_and_are_made_as_they_are(options, tmp_path):
     """Of the bundled model, whose weights nobody loads: a binned picture is made at 256 px and enlarged, others not."""
     (tmp_path / "large.txt").write_text("a cat\na dog --hw 4096:2048\na fox --ar 1:4\na cow --hw 1000:4096\n")
