@@ -119,7 +119,7 @@ class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
     def autoencoder(self) -> Autoencoder:
         """The autoencoder of `config.vae`."""
         if self._autoencoder is None:
-            self._autoencoder = loading.load_autoencoder(self.config, self.device)
+            self._autoencoder = loading.load_autoencoder(self.config, self.load_device)
         return self._autoencoder
 
     @autoencoder.setter
@@ -288,8 +288,9 @@ class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
         times = sampler.times(request.num_inference_steps, flow_shift=flow_shift)
         guidance = self._guidance(request)
         needs_null = any("uncond" in guidance.branches(float(time)) for time in times)
-        prompt = request.embeds(self.encode_prompts, self.device)
-        null = request.null_embeds(self.encode_prompts, self.device) if needs_null else None
+        with self.stage("text_encoder"):  # one for both, so that the encoder comes and goes once
+            prompt = request.embeds(self.encode_prompts, self.device)
+            null = request.null_embeds(self.encode_prompts, self.device) if needs_null else None
         with self.stage("transformer"):
             if self._compiled is not None:
                 latents = self._compiled.denoise(request, times, guidance, noise, prompt, null)
