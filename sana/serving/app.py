@@ -1,7 +1,6 @@
 """The HTTP interface: addresses, keys, answers in OpenAI's form. What they mean is in `service.py`."""
 
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from sana.serving.errors import NO_RETRY, ApiError, internal, of_status
 from sana.serving.extras import need
 from sana.serving.keys import KeyRing
 from sana.serving.metrics import Metrics
-from sana.serving.service import Begun, Picture, Service
+from sana.serving.service import Begun, Picture, Service, log_failure
 from sana.serving.settings import ServerSettings
 from sana.serving.store import PictureStore
 from sana.utils.logging import get_logger
@@ -79,13 +78,6 @@ def _answer_errors(app: "FastAPI", settings: ServerSettings) -> None:
     app.add_exception_handler(Exception, unforeseen)
 
 
-def log_failure(error: Exception, settings: ServerSettings) -> str:
-    """Logs an error that nobody foresaw, by kind only unless `debug`; returns the number by which it can be found."""
-    number = secrets.token_hex(4)
-    logger.error("failure %s: %s", number, type(error).__name__, exc_info=error if settings.debug else None)
-    return number
-
-
 class Outside:
     """What stands around the application: counts requests, and keeps errors that were answered from going further.
 
@@ -135,8 +127,8 @@ class Api:
         self.created = int(time.time())
         # FastAPI reads the signatures of what it calls, and these classes are imported when the server starts.
         request = need("fastapi").Request
-        for method in (self.check_key, self.file, self.model, self.generations):
-            method.__func__.__annotations__["request"] = request
+        for function in (Api.check_key, Api.file, Api.model, Api.generations):
+            function.__annotations__["request"] = request
 
     def check_key(self, request: "Request") -> None:
         self.keys.check(request.headers.get("authorization"))
@@ -178,8 +170,8 @@ class Api:
     async def generations(self, request: "Request") -> "Response":
         settings = self.service.settings
         self.service.check_open()
-        limits = {"limit": settings.max_body, "seconds": settings.body_seconds}
-        wish = self.service.wish(await read_body(request.receive, request.headers, **limits))
+        body = await read_body(request.receive, request.headers, limit=settings.max_body, seconds=settings.body_seconds)
+        wish = self.service.wish(body)
         if wish.stream:
             return self._stream(self.service.begin(wish))
         pictures = await self.service.make(wish, lambda: until_gone(request.receive))

@@ -12,8 +12,8 @@ from queue import SimpleQueue
 from typing import Any
 
 
-class Stopped(BaseException):  # noqa: N818  it is no error, and no library shall take it for one
-    """Raised inside a coroutine whose owner gave it up."""
+class Stopped(BaseException):
+    """Raised inside a coroutine whose owner gave it up. No `Exception`, so that no library takes it for its own."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 
@@ -306,4 +306,3 @@ class Engine:
         self._stats = replace(
             self._stats, **{name: getattr(self._stats, name) + number for name, number in more.items()}
         )
-

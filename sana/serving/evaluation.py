@@ -1,6 +1,7 @@
 """Forwards of the transformer for several requests at once, each at its own time. Who asks is in `engine.py`."""
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Evaluator:
             together = attempt(lambda: self._together(questions))
             if together.error is None:
                 return [Outcome(one) for one in together.value]
-        return [attempt(lambda one=one: self._alone(one)) for one in questions]
+        return [attempt(partial(self._alone, one)) for one in questions]
 
     def forget(self) -> None:
         """Drops joined texts; for when nobody asks any more."""

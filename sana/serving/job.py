@@ -76,6 +76,8 @@ class Job:
             raise ValueError("A job is one picture; submit one request for each.")
         if request.callback_on_step_end is not None:
             raise ValueError("callback_on_step_end cannot take effect here; use on_step.")
+        if request.upscale_from is not None:
+            raise ValueError("upscale_from cannot take effect here: a picture in two parts cannot be stepped.")
         self.options = options or JobOptions()
         self.request = complete(pipeline, request)
         self.size = check(pipeline, self.request)
@@ -145,7 +147,7 @@ def check(pipeline: SanaPipeline, request: Request) -> inputs.ImageSize:
         _first(request.width, own),
         factor=pipeline.autoencoder.downsample_factor,
         image_size=own,
-        binning=request.use_resolution_binning,
+        binning=request.binning,
     )
 
 

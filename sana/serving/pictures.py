@@ -25,6 +25,7 @@ def recipe_of(pipeline: SanaPipeline, job: Job, model: str) -> Recipe:
     assert request.negative_prompt is None or isinstance(request.negative_prompt, str)
     shift = pipeline.config.scheduler.flow_shift if request.flow_shift is None else request.flow_shift
     low, high = request.interval_guidance
+    schemes = {name: wanted.scheme for name, wanted in pipeline._quantization.items()}
     return Recipe(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or "",
@@ -37,9 +38,11 @@ def recipe_of(pipeline: SanaPipeline, job: Job, model: str) -> Recipe:
         pag_scale=float(request.pag),
         interval_guidance=(float(low), float(high)),
         flow_shift=float(shift),
-        use_resolution_binning=request.use_resolution_binning,
+        use_resolution_binning=request.binning,
         dtype=dtype_name(pipeline.dtype),
         weights=pipeline.weights_hash(),
+        quantization=schemes.get("transformer"),
+        text_quantization=schemes.get("text_encoder"),
         made_with={"model": model, **environment(pipeline.device)},
     )
 

@@ -19,7 +19,7 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
     """
     base: Any = need("uvicorn.protocols.http.h11_impl").H11Protocol
 
-    class GuardedProtocol(base):  # type: ignore[misc]
+    class GuardedProtocol(base):
         _head_timer: TimerHandle | None = None
         _write_timer: TimerHandle | None = None
 

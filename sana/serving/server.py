@@ -7,6 +7,9 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
+from sana.pipelines import batch
+from sana.pipelines.options import InferenceOptions
+from sana.pipelines.prompts import PromptItem
 from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.serving.app import build_app
 from sana.serving.engine import Engine
@@ -74,10 +77,26 @@ class Server:
             self._uvicorn.ask_to_end()
 
 
-def serve(
-    pipeline: SanaPipeline, settings: ServerSettings | None = None, on_ready: Callable[[str], None] | None = None
-) -> int:
-    """Serves a pipeline until the process is asked to end; see `Server`."""
+def serve(options: InferenceOptions, settings: ServerSettings, on_ready: Callable[[str], None] | None = None) -> int:
+    """Loads a model and serves it until the process is asked to end.
+
+    Args:
+        options: which model, on what device, in what dtype, how its weights are kept;
+            the fields that describe pictures have no effect.
+        settings: of the server.
+        on_ready: see `Server.run`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: the extra `serve` is missing, or an option is wrong.
+        ConfigError, FetchError, CheckpointError, OSError: the model cannot be had, or the address not be listened at.
+    """
+    need_all()
+    if options.max_vram is not None or options.compile != "off":
+        raise ValueError("max_vram and compile cannot take effect in the server, which steps many pictures at once.")
+    pipeline, _ = batch.open_pipeline(options, [PromptItem(id="any", prompt="any")])
     return Server(pipeline, settings).run(on_ready)
 
 

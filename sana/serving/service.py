@@ -2,9 +2,11 @@
 
 import asyncio
 import base64
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +15,14 @@ from sana.pipelines.denoise import NonFiniteError
 from sana.pipelines.images import to_pil
 from sana.serving.body import ClientGoneError
 from sana.serving.engine import Engine, QueueFullError
-from sana.serving.errors import SERVER, ApiError, busy, invalid, too_slow, unavailable
+from sana.serving.errors import NO_RETRY, SERVER, ApiError, busy, internal, invalid, too_slow, unavailable
 from sana.serving.job import CancelledError, HandedBackError, Job, JobOptions, Step
 from sana.serving.pictures import as_png, model_name, recipe_of
 from sana.serving.settings import ServerSettings
 from sana.serving.wishes import Wish, parse_body, parse_wish
+from sana.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
 RETRY_ELSEWHERE = 5  # seconds after which a client of a stopping server may ask again
@@ -45,6 +50,13 @@ class Begun:
 
     jobs: list[Job]
     events: "asyncio.Queue[tuple[int, Step | None]]"
+
+
+def log_failure(error: BaseException, settings: ServerSettings) -> str:
+    """Logs an error that nobody foresaw, by kind only unless `debug`; returns the number by which it can be found."""
+    number = secrets.token_hex(4)
+    logger.error("failure %s: %s", number, type(error).__name__, exc_info=error if settings.debug else None)
+    return number
 
 
 class Service:
@@ -119,13 +131,13 @@ class Service:
         def tell(index: int, step: Step | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, (index, step))
 
-        options = [
-            JobOptions(on_step=lambda step, index=index: tell(index, step), previews=wish.partial_images)
-            for index in range(wish.n)
-        ]
+        def finished(index: int, _: object) -> None:
+            tell(index, None)
+
+        options = [JobOptions(on_step=partial(tell, index), previews=wish.partial_images) for index in range(wish.n)]
         jobs = self._submit(wish, options)
         for index, job in enumerate(jobs):
-            job.future.add_done_callback(lambda _, index=index: tell(index, None))
+            job.future.add_done_callback(partial(finished, index))
         return Begun(jobs, events)
 
     async def follow(self, begun: Begun) -> AsyncIterator[dict[str, Any] | None]:
@@ -145,9 +157,10 @@ class Service:
                 yield too_slow(self.settings.request_seconds).body()
                 return
             if step is not None:
-                yield {"type": "image_generation.progress", "image_index": index, "step": step.done, "steps": step.total}
+                about = {"image_index": index, "step": step.done, "steps": step.total}
+                yield {"type": "image_generation.progress", **about}
                 if step.preview is not None:
-                    png = await asyncio.to_thread(lambda step=step: as_png(to_pil(step.preview)[0]))
+                    png = await asyncio.to_thread(as_png, to_pil(step.preview)[0])
                     about = self._about(begun.jobs[index], index, png)
                     yield {"type": "image_generation.partial_image", "partial_image_index": shown[index], **about}
                     shown[index] += 1
@@ -171,18 +184,27 @@ class Service:
             raise invalid(None, str(error)) from error
 
     async def _finish(self, job: Job) -> Picture:
-        try:
-            (image,) = await asyncio.wrap_future(job.future)
-        except (HandedBackError, CancelledError) as error:
-            raise unavailable(STOPPING, RETRY_ELSEWHERE) from error
-        except NonFiniteError as error:
-            raise ApiError(500, "The model made no valid picture.", SERVER, code="not_finite") from error
-        except torch.OutOfMemoryError as error:
-            raise ApiError(503, "There is not enough memory for this size.", SERVER, "size", "out_of_memory") from error
+        waited = asyncio.wrap_future(job.future)
+        waited.add_done_callback(lambda one: one.cancelled() or one.exception())  # seen, though nobody may wait
+        await asyncio.wait([waited])
+        error = waited.exception()
+        if error is not None:
+            raise self._explained(error) from error
+        (image,) = waited.result()
         pipeline, seed = self.engine.pipeline, job.request.seed
         assert isinstance(seed, int), "every wish has a seed"
         png = await asyncio.to_thread(lambda: as_png(image, recipe_of(pipeline, job, self.model)))
         return Picture(png, seed, image.height, image.width)
+
+    def _explained(self, error: BaseException) -> ApiError:
+        """Returns what a client is told of a picture that was not made."""
+        if isinstance(error, HandedBackError | CancelledError):
+            return unavailable(STOPPING, RETRY_ELSEWHERE)
+        if isinstance(error, NonFiniteError):
+            return ApiError(500, "The model made no valid picture.", SERVER, code="not_finite", headers=NO_RETRY)
+        if isinstance(error, torch.OutOfMemoryError):
+            return ApiError(503, "There is not enough memory for this size.", SERVER, "size", "out_of_memory")
+        return internal(log_failure(error, self.settings))
 
     @staticmethod
     def _about(job: Job, index: int, png: bytes) -> dict[str, Any]:

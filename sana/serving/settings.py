@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from sana.pipelines.inputs import MAX_STEPS
+
 LOOPBACK = "127.0.0.1"
 
 
@@ -67,6 +69,8 @@ class ServerSettings:
                 raise ValueError(f"{field.name} must be more than 0, not {value!r}.")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be from 0 to 65535, not {self.port}.")
+        if self.max_steps > MAX_STEPS:
+            raise ValueError(f"max_steps {self.max_steps} must not exceed {MAX_STEPS}, the pipeline's own limit.")
         if self.max_images > self.max_queue:
             raise ValueError(f"max_images {self.max_images} must not exceed max_queue {self.max_queue}.")
         if any(not key.strip() or key != key.strip() or not key.isascii() for key in self.api_keys):

@@ -55,12 +55,14 @@ class SteppedPipeline(SanaPipeline):
         ask: takes a `Do` or an `Evaluate` and returns the answer.
     """
 
+    _whole: SanaPipeline
+    _ask: Ask
+
     def __init__(self, pipeline: SanaPipeline, ask: Ask) -> None:
-        self.__dict__.update(pipeline.__dict__)
-        self._whole = pipeline
-        self._ask = ask
         assert pipeline.transformer is not None, "the engine checks that there are weights"
-        self.transformer = stand_in(pipeline, pipeline.transformer, ask)
+        transformer = stand_in(pipeline, pipeline.transformer, ask)
+        # Not assigned one by one: a pipeline that offloads takes assigned networks under its management.
+        self.__dict__.update(pipeline.__dict__ | {"transformer": transformer, "_whole": pipeline, "_ask": ask})
 
     def stage(self, network: str) -> AbstractContextManager[None]:
         """Enters nothing: whoever answers the questions enters the pipeline's own stages."""
