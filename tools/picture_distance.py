@@ -11,9 +11,7 @@ from torch import Tensor
 EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first; the paper's, fitted to observers
 WINDOW, SIGMA = 11, 1.5
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-SMALLEST = (WINDOW - 1) * 2 ** (
-    len(EXPONENTS) - 1
-) + 1  # side in pixels that still leaves a window at the coarsest scale
+SMALLEST = WINDOW * 2 ** (len(EXPONENTS) - 1)  # side in pixels that leaves a window at the coarsest scale
 
 
 def ms_ssim(first: Tensor, second: Tensor) -> Tensor:

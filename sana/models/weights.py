@@ -14,6 +14,7 @@ from sana.models.checkpoint import CheckpointError, find_weights, load_state_dic
 from sana.models.diffusers_folder import read_folder_metadata
 from sana.models.diffusers_keys import EXTRA_KEYS
 from sana.models.metadata import CheckpointMetadata, fp16_lineage, read_file_metadata, save_checkpoint
+from sana.models.quantization.schemes import is_stored_key
 from sana.utils import hub
 from sana.utils.logging import get_logger
 
@@ -131,6 +132,10 @@ def _load(
     inference_device: torch.device | None,
 ) -> tuple[str, ...]:
     own = model.state_dict()
+    if any(map(is_stored_key, state)) and not any(map(is_stored_key, own)):
+        raise CheckpointError(
+            f"{source} holds quantised weights, which only SanaPipeline.from_pretrained loads; load exact ones here."
+        )
     check_architecture(type(model).__name__, own, state, ignorable, source)
     fitting = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
     kept = tuple(key for key in own if key not in fitting)

@@ -83,6 +83,12 @@ def scheme_of(name: str) -> Scheme:
     return SCHEMES[name]
 
 
+def is_stored_key(key: str) -> bool:
+    """Whether the key of a tensor is that of a quantised weight, as `blocks.0.attn.qkv.int8_values`."""
+    leaf = key.rpartition(".")[2]
+    return leaf.endswith("_values") and leaf.removesuffix("_values").replace("_", "-") in SCHEMES
+
+
 def group_size(width: int, scheme: Scheme) -> int:
     """Returns how many of the K = `width` numbers of a row share a scale.
 

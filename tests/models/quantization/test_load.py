@@ -14,6 +14,7 @@ from sana.models.quantization.kernels import QuantizationUnavailableError
 from sana.models.quantization.linear import QuantizedLinear
 from sana.models.quantization.load import Target, Wanted, fill_transformer, from_record, to_record
 from sana.models.transformer.sana import SanaMS
+from sana.models.weights import load_weights
 from tests.models.transformer.networks import inputs, small
 
 CPU = torch.device("cpu")
@@ -204,3 +205,13 @@ def test_records_of_exact_networks_are_refused():
     model = quantised("nf4")
     assert from_record(to_record(model, "transformer"), "it") == quantization_of(model)
     assert isinstance(quantization_of(model), Quantization)
+
+
+def test_an_exact_model_says_why_it_does_not_take_quantised_weights():
+    with pytest.raises(
+        CheckpointError, match=r"holds quantised weights, which only SanaPipeline.from_pretrained loads"
+    ):
+        load_weights(small(), quantised("int8").state_dict())
+    again = quantised("int8")
+    load_weights(again, quantised("int8").state_dict())
+    assert_same(again, quantised("int8"))

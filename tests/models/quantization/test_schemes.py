@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sana.models.quantization.schemes import SCHEMES, check_shape, group_size, quantized_bytes, scheme_of
+from sana.models.quantization.schemes import SCHEMES, check_shape, group_size, is_stored_key, quantized_bytes, scheme_of
 
 QKV_600M = (3456, 1152)  # values 3981312
 
@@ -67,3 +67,10 @@ def test_devices_in_words():
     assert SCHEMES["int4"].hardware == "CUDA devices of compute capability 8.0 or newer"
     assert SCHEMES["fp8"].hardware == "CUDA devices of compute capability 9.0 to 10.x"
     assert SCHEMES["nf4"].hardware == "the CPU and CUDA devices"
+
+
+def test_keys_of_quantised_weights():
+    for key in ("blocks.0.attn.qkv.int8_values", "int8_dynamic_values", "layers.0.mlp.up_proj.nf4_values"):
+        assert is_stored_key(key)
+    for key in ("blocks.0.attn.qkv.weight", "blocks.0.attn.values", "blocks.0.attn.qkv.int3_values", "int8_scale"):
+        assert not is_stored_key(key)
