@@ -122,7 +122,9 @@ def _per_token(axes: Any, report: Report) -> None:
     axes.set_title(title, loc="left", color=INK)
     sizes = sorted(cases[0].facts["pixels"])
     tokens = [(pixels // 32) ** 2 for pixels in sizes]
-    for case, colour in zip(cases, COLOURS, strict=False):
+    linear = iter((OURS, THIRD))
+    for case in cases:
+        colour = THEIRS if case.key.startswith("scaling.softmax") else next(linear)
         # every side makes as many tokens as the largest image has
         times = [1e6 * statistics.median(case.timings[f"{pixels} px"].wall) / tokens[-1] for pixels in sizes]
         label = f"{case.facts['attention']}, {case.facts['dtype']}"
