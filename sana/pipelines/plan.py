@@ -186,15 +186,18 @@ def make_plan(config: SanaConfig, request: PlanRequest, *, make_model: MakeModel
     )
 
 
-def _memory_model(config: SanaConfig, job: Job, quantization: str | None, text_quantization: str | None) -> MemoryModel:
-    from sana.pipelines.memory.stages import MemoryModel as Predicted
+def _memory_model(
+    config: SanaConfig, job: Job, quantization: str | None, text_quantization: str | None, packing: bool
+) -> MemoryModel:
+    from sana.pipelines.plan_residency import OffloadModel
 
-    return Predicted(
+    return OffloadModel(
         config,
         device=job.request.device,
         dtype=job.dtype,
         quantization=quantization,
         text_quantization=text_quantization,
+        packing=packing,
     )
 
 

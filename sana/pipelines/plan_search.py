@@ -261,11 +261,21 @@ def _smaller(estimate: Estimator, limit: int) -> str:
         if min(height, width) < max(MIN_SIDE, factor):
             return ""
         smaller = estimate.for_job(with_size(job, height, width))
-        found = _search(smaller, limit)
+        found = _search(smaller, limit) if _may_fit(smaller, limit) else None
         if found is not None:
             exactly = "" if _made_so(job, height, width) else " without resolution binning"
             return f"as {height}x{width}{exactly} at {format_memory(smaller.worst(found).total, up=True)}"
     return ""
+
+
+def _may_fit(estimate: Estimator, limit: int) -> bool:
+    """Whether the coarsest settings fit, so that finer ones are worth the seconds that a search takes."""
+    coarsest = list(_rungs(estimate.job))[-1]
+    place = placements(estimate.job)[-1][-1]
+    batch = 1 if estimate.job.request.split else estimate.job.request.batch
+    tile, slicing = decodings(estimate.job, batch)[-1]
+    settings = replace(coarsest, batch=batch, tile=tile, slicing=slicing, offload=place.offload, packing=place.packing)
+    return all(_fits(estimate, limit, name, settings) for name in estimate.stages)
 
 
 def _made_so(job: Job, height: int, width: int) -> bool:

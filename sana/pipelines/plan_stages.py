@@ -17,15 +17,16 @@ NETWORKS = {TEXT: "text_encoder", DENOISE: "transformer", DECODE: "autoencoder"}
 
 
 class MemoryModel(Protocol):
-    """What is read of `sana.pipelines.memory.stages.MemoryModel`."""
+    """What is read of `sana.pipelines.plan_residency.OffloadModel`."""
 
     def weights(self, network: str) -> Any: ...
+    def held(self, network: str, offload: str) -> int: ...
     def encode_text(self, prompts: int, *, null: bool = True) -> int: ...
     def denoise(self, height: int, width: int, batch: int, *, guidance: bool = True, pag: bool = False) -> int: ...
     def decode(self, height: int, width: int, batch: int, *, tiling: Any = None) -> int: ...
 
 
-MakeModel = Callable[[str | None, str | None], MemoryModel]  # (quantization, text_quantization) -> model
+MakeModel = Callable[[str | None, str | None, bool], MemoryModel]  # (quantization, text_quantization, packing) -> model
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,14 @@ class Estimator:
 
     Args:
         job: what is to be made.
-        make_model: (quantization, text_quantization) -> memory model. Each network has its own, since the scheme of one
-            changes nothing in the others.
+        make_model: (quantization, text_quantization, packing) -> memory model. Each network has its own, since the
+            scheme of one changes nothing in the others.
     """
 
     def __init__(self, job: Job, make_model: MakeModel) -> None:
         self.job = job
         self._make_model = make_model
-        self._models: dict[tuple[str | None, str | None], MemoryModel] = {}
+        self._models: dict[tuple[str | None, str | None, bool], MemoryModel] = {}
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def for_job(self, job: Job) -> "Estimator":
@@ -117,8 +118,9 @@ class Estimator:
     def resident(self, name: str, settings: Settings) -> dict[str, int]:
         """Returns network -> bytes of its weights that are on the device during a stage (at their greatest)."""
         if settings.offload != "none":
-            network = NETWORKS[name]
-            return {network: _offloaded(self._weights(network, settings), settings.offload)}
+            network, schemes = NETWORKS[name], self._schemes(name, settings)
+            key = (network, schemes, settings.offload)
+            return {network: self._ask(key, lambda: self._model(name, settings).held(network, settings.offload))}
         held = {NETWORKS[stage]: int(self._weights(NETWORKS[stage], settings).total) for stage in self.stages}
         if settings.packing:
             budget = pack_budget()
@@ -138,12 +140,12 @@ class Estimator:
         """Returns the bytes above the weights."""
         if name == TEXT:
             return self._ask(
-                (name, settings.batch, settings.text_quantization),
+                (name, settings.batch, self._schemes(name, settings)),
                 lambda: self._model(TEXT, settings).encode_text(settings.batch, null=self.job.guidance),
             )
         if name == DENOISE:
             return self._ask(
-                (name, settings.batch, settings.quantization),
+                (name, settings.batch, self._schemes(name, settings)),
                 lambda: self._model(DENOISE, settings).denoise(
                     self.job.size.model_height, self.job.size.model_width, settings.batch,
                     guidance=self.job.guidance, pag=self.job.request.pag,
@@ -162,7 +164,7 @@ class Estimator:
     def _decode(self, settings: Settings) -> int:
         size, tile = self.job.size, settings.tile
         return self._ask(
-            (DECODE, settings.batch, tile),
+            (DECODE, settings.batch, tile, settings.packing),
             lambda: self._model(DECODE, settings).decode(
                 size.model_height, size.model_width, settings.batch, tiling=None if tile is None else make_tiling(tile)
             ),
@@ -184,10 +186,11 @@ class Estimator:
         schemes = self._schemes(stage, settings)
         return self._ask((network, schemes), lambda: self._model(stage, settings).weights(network))
 
-    def _schemes(self, stage: str, settings: Settings) -> tuple[str | None, str | None]:
+    def _schemes(self, stage: str, settings: Settings) -> tuple[str | None, str | None, bool]:
         return (
             settings.quantization if stage == DENOISE else None,
             settings.text_quantization if stage == TEXT else None,
+            settings.packing,
         )
 
     def _model(self, stage: str, settings: Settings) -> MemoryModel:
@@ -207,11 +210,3 @@ def make_tiling(tile: int) -> Any:
     from sana.models.autoencoder.tiling import Tiling
 
     return Tiling(height=tile, width=tile, stride_height=tile, stride_width=tile)
-
-
-def _offloaded(weights: Any, offload: str) -> int:
-    """Returns the bytes of a running network's weights on the device: all, two units and the rest, or one unit."""
-    if offload == "model":
-        return int(weights.total)
-    units = 2 if offload == "group" else 1
-    return min(int(weights.total), int(weights.rest) + min(units, int(weights.units)) * int(weights.unit))
