@@ -78,9 +78,9 @@ class Recipe:
         """
         decisive = dataclasses.asdict(self)
         del decisive["made_with"]
-        for one in _optional():
-            if decisive[one.name] == one.default:
-                del decisive[one.name]
+        for name, default in _optional().items():
+            if decisive[name] == default:
+                del decisive[name]
         decisive["interval_guidance"] = list(self.interval_guidance)
         text = json.dumps(decisive, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -95,18 +95,18 @@ class Recipe:
         if stored.get("format") != FORMAT:
             raise ValueError(f"The recipe has format {stored.get('format')!r}; only {FORMAT} is known.")
         names = [one.name for one in dataclasses.fields(cls)]
-        later = {one.name: one.default for one in _optional()}  # older pictures do not have them
-        missing = [name for name in names if name not in stored and name not in later]
+        known = {**_optional(), **stored}
+        missing = [name for name in names if name not in known]
         if missing:
             raise ValueError(f"The recipe lacks {', '.join(missing)}.")
-        values = {name: stored[name] if name in stored else later[name] for name in names}
+        values = {name: known[name] for name in names}
         low, high = values["interval_guidance"]
         return cls(**{**values, "interval_guidance": (float(low), float(high))})
 
 
-def _optional() -> list[dataclasses.Field[Any]]:
-    """Returns the entries of a recipe that older pictures lack: those with a default."""
-    return [one for one in dataclasses.fields(Recipe) if one.default is not dataclasses.MISSING]
+def _optional() -> dict[str, Any]:
+    """Returns the entries of a recipe that older pictures lack, with what they mean there."""
+    return {one.name: one.default for one in dataclasses.fields(Recipe) if one.default is not dataclasses.MISSING}
 
 
 def weights_hash(modules: Iterable[HasState], settings: Mapping[str, Any]) -> str:
