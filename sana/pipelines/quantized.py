@@ -36,7 +36,7 @@ class Quantizable:
 
         What is loaded is quantised at once, layer by layer. What is not, when it is loaded: call it before
         `from_pretrained` (and before the first prompt), and the exact network is never in memory as a whole. A model
-        folder that `tools/quantize.py` wrote is quantised already.
+        folder that `tools/quantize.py` wrote is quantised already. A network that is assigned later is taken as it is.
 
         Args:
             transformer: scheme of the denoiser, or None: "int8" (weights only), "int8-dynamic" (weights and inputs),
