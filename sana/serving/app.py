@@ -42,6 +42,7 @@ def build_app(service: Service, store: PictureStore) -> "Outside":
     metrics = Metrics(service.engine.stats)
     api = Api(service, store, metrics)
     app = fastapi.FastAPI(title="Sana", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.redirect_slashes = False  # an address that is nearly right is wrong
     keyed = [fastapi.Depends(api.check_key)]
     for path, answer in (("/health", api.health), ("/health/live", api.live), ("/health/ready", api.ready)):
         app.add_api_route(path, answer, methods=["GET"])

@@ -7,6 +7,7 @@ from typing import Any
 from sana.serving.errors import ApiError
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+DRAINED = 16  # so many times the limit are read to the end, kept or not: else a client would miss the answer
 CLOSE = {"Connection": "close"}  # the rest of the body is on its way: nothing else can be read from the connection
 
 
@@ -31,7 +32,7 @@ async def read_body(receive: Receive, headers: Mapping[str, str], *, limit: int,
     if kind != "application/json":  # a web page of somebody else could send anything else without asking
         raise ApiError(415, "Send JSON with the header 'Content-Type: application/json'.", headers=CLOSE)
     length = headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
+    if length.isascii() and length.isdigit() and int(length[:20]) > DRAINED * limit:
         raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
@@ -43,10 +44,12 @@ async def read_body(receive: Receive, headers: Mapping[str, str], *, limit: int,
                     raise ClientGoneError
                 chunk = message.get("body", b"")
                 size += len(chunk)
-                if size > limit:
+                more = message.get("more_body", False)
+                if size > limit and (size > DRAINED * limit or not more):
                     raise _too_large(limit)
-                chunks.append(chunk)
-                if not message.get("more_body", False):
+                if size <= limit:
+                    chunks.append(chunk)
+                if not more:
                     return b"".join(chunks)
     except TimeoutError:
         text = f"The body did not arrive within {seconds:g} s."

@@ -51,6 +51,12 @@ def test_an_announced_length_is_refused_before_anything_is_read():
     assert caught.value.status == 413
 
 
+def test_a_body_that_never_ends_is_not_drained_for_ever():
+    with pytest.raises(ApiError) as caught:
+        read(receiving(*[part(b"xxxx")] * 41))
+    assert caught.value.status == 413
+
+
 def test_a_body_that_does_not_come_is_given_up():
     with pytest.raises(ApiError) as caught:
         read(receiving(part(b"{")), seconds=0.01)
