@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sana.models.autoencoder.dc_ae_layers import (
     ConvLayer,
     ResidualBlock,
+    RMSNorm2d,
     at_least_fp32,
     build_act,
     is_plain,
@@ -179,7 +180,8 @@ class GLUMBConv(nn.Module):
         weights = [(conv.weight, conv.bias) for conv in convolutions]
         tokens = mix_ffn(x.flatten(2).transpose(1, 2), (height, width), *weights, backend=self.backend)
         out = to_image(tokens, (height, width))
-        return out if self.point_conv.norm is None else self.point_conv.norm(out, inplace=True)
+        norm = self.point_conv.norm
+        return norm(out, inplace=True) if isinstance(norm, RMSNorm2d) else out if norm is None else norm(out)
 
 
 class EfficientViTBlock(nn.Module):

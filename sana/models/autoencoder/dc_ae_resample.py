@@ -68,7 +68,8 @@ class InterpolateUpsample(nn.Module):
     def _kernels(self, repeats: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the four convolutions; kept for weights that are not trained, while they stay the same."""
         sources = [tensor for tensor in (self.conv.conv.weight, self.conv.conv.bias) if tensor is not None]
-        fixed = not any(tensor.requires_grad or tensor.is_inference() for tensor in sources)
+        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in sources)  # fake ones have no address
+        fixed = plain and not any(tensor.requires_grad or tensor.is_inference() for tensor in sources)
         state = (repeats, [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in sources]) if fixed else None
         if self._folded is not None and fixed and self._folded[0] == state:
             return self._folded[2]

@@ -171,6 +171,9 @@ class Attention:
 
     def run(self, x: Tensor, rows: list[Span], columns: list[Span], job: Job, layout: torch.memory_format) -> Tensor:
         """The map after the block, in the memory of `x` if that has the dtype that the block makes."""
+        if len(rows) == len(columns) == 1:
+            job.bar.update(self.passes)
+            return self.block(x).contiguous(memory_format=layout)
         context, local = self.block.context_module, self.block.local_module
         attention, near, sums = cast(LiteMLA, context.main), halo(reach(context)), Sums()
         for row in rows:
@@ -270,7 +273,8 @@ def stream(
         cuts.append(part.tiles(height, width, factor, budget))
         height, width = part.size(height), part.size(width)
     total = sum(part.passes * len(rows) * len(columns) for part, (rows, columns) in zip(parts, cuts, strict=True))
-    disable = True if total < LONG or progress is False else (None if progress is None else False)
+    short = total - sum(part.passes for part in parts) < LONG  # most parts have one tile
+    disable = True if short or progress is False else (None if progress is None else False)
     with torch.no_grad(), tqdm(total=total, desc=title, unit="tile", leave=False, disable=disable) as bar:
         job = Job(layout, compiler, bar)
         for part, (rows, columns) in zip(parts, cuts, strict=True):
@@ -356,8 +360,7 @@ def _change(
         left = x[:, :, row[0] : row[1], :0]  # the last columns to the left of this tile, as they were
         for column in columns:
             (tall, inner), (wide, across) = _around(row, x.shape[2], around), _around(column, x.shape[3], around)
-            whole = len(rows) == len(columns) == 1
-            tile = x if whole else _part(x, tall, wide).clone(memory_format=job.layout)
+            tile = _part(x, tall, wide).clone(memory_format=job.layout)
             if inner[0]:
                 tile[:, :, : inner[0]] = above[:, :, above.shape[2] - inner[0] :, slice(*wide)]
             if across[0]:

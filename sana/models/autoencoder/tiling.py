@@ -12,7 +12,7 @@ from itertools import pairwise
 AUTO_TILE_PIXELS = 2048 * 2048  # an image of more is encoded and decoded in tiles, unless `disable_tiling` forbids it
 DEFAULT_TILE = 512  # diffusers' default for AutoencoderDC
 DEFAULT_STRIDE = 448
-LONG = 16  # steps that make a progress bar worth showing
+LONG = 16  # tiles, beyond one for each step, that make a progress bar worth showing
 
 Span = tuple[int, int]  # pixels [start, stop)
 
