@@ -10,7 +10,9 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines, (N, d) each
 ROPE_THETA = 10000.0
 
 
-def sincos_2d(dim: int, grid: tuple[int, int], pe_interpolation: float = 1.0, base_size: int = 16) -> np.ndarray:
+def sincos_2d(
+    dim: int, grid: tuple[int, int], pe_interpolation: float = 1.0, base_size: int = 16, dtype: type = np.float64
+) -> np.ndarray:
     """Fixed sine-cosine embedding of a grid (PixArt, DiT), scaled so that `base_size` positions fill each axis.
 
     Args:
@@ -18,9 +20,10 @@ def sincos_2d(dim: int, grid: tuple[int, int], pe_interpolation: float = 1.0, ba
         grid: (H, W) in tokens.
         pe_interpolation: divisor of all positions.
         base_size: number of tokens per side that the model was made for.
+        dtype: of the result; it is computed in float64.
 
     Returns:
-        (H * W, D) float64, row-major.
+        (H * W, D), row-major.
     """
     if dim % 4:
         raise ValueError(f"the sincos position embedding needs a width that is a multiple of 4, not {dim}.")
@@ -28,13 +31,15 @@ def sincos_2d(dim: int, grid: tuple[int, int], pe_interpolation: float = 1.0, ba
     # The official code makes float32 positions and widens them in the outer product with the float64 frequencies.
     rows = np.arange(height, dtype=np.float32) / (height / base_size) / pe_interpolation
     columns = np.arange(width, dtype=np.float32) / (width / base_size) / pe_interpolation
-    column_grid, row_grid = np.meshgrid(columns, rows)  # (H, W) each
-    return np.concatenate([_sincos_1d(dim // 2, column_grid), _sincos_1d(dim // 2, row_grid)], axis=1)
+    halves = np.empty((height, width, 2, dim // 2), dtype)
+    halves[:, :, 0] = _sincos_1d(dim // 2, columns)  # all rows alike: each axis is computed once
+    halves[:, :, 1] = _sincos_1d(dim // 2, rows)[:, None]
+    return halves.reshape(height * width, dim)
 
 
 def _sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
     frequencies = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
-    angles = np.outer(positions.reshape(-1), frequencies)  # (N, dim / 2)
+    angles = np.outer(positions, frequencies)  # (positions, dim / 2)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
@@ -42,7 +47,7 @@ def _sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
 def sincos_table(dim: int, grid: tuple[int, int], pe_interpolation: float, base_size: int) -> Tensor:
     """`sincos_2d` as a float32 CPU tensor (1, N, D). The key is the whole grid, never the number of tokens."""
     with torch.inference_mode(False):  # a kept table must serve training after it was made in inference
-        return torch.from_numpy(sincos_2d(dim, grid, pe_interpolation, base_size)).float().unsqueeze(0)
+        return torch.from_numpy(sincos_2d(dim, grid, pe_interpolation, base_size, np.float32)).unsqueeze(0)
 
 
 def rotary_axes(head_dim: int) -> tuple[int, int, int]:
