@@ -31,7 +31,7 @@ from sana.data.scenes import Scene
 from sana.models.quantization.kernels import require
 from sana.models.quantization.schemes import SCHEMES
 from sana.ops.packing import pack_budget
-from sana.pipelines.memory.networks import split_packed
+from sana.pipelines.memory.networks import packed_bytes
 from sana.pipelines.sana_pipeline import SanaPipeline
 from tools.measure_approximations import SIZE, Run, circumstances, compare, draw, judged
 from tools.measure_approximations import Case as Options
@@ -159,12 +159,11 @@ def held(pipeline: SanaPipeline) -> dict[str, int]:
     """Returns the bytes of the weights of each network, and of packed copies of the transformer's."""
     transformer, encoder = pipeline.transformer, pipeline.text_encoder
     assert transformer is not None and isinstance(encoder, torch.nn.Module)
-    packed, _ = split_packed(transformer, pack_budget())
     return {
         "transformer_bytes": stored_bytes(transformer),
         "text_encoder_bytes": stored_bytes(encoder),
         "autoencoder_bytes": stored_bytes(pipeline.autoencoder),
-        "packed_bytes": sum(weight.nbytes for weight in packed),
+        "packed_bytes": packed_bytes(transformer, pack_budget()),
     }
 
 

@@ -20,11 +20,11 @@ def folder(tmp_path_factory):
 def test_the_written_folder_has_the_bits_of_quantising_after_loading(folder, tmp_path, capsys, dtype):
     out = tmp_path / "out"
     given = ["--model_path", str(folder), "--scheme", "int8", "--text_encoder", "nf4", "--dtype", dtype]
-    assert main([*given, "--keep", "blocks.0.*", "text_encoder.layers.0.*", "--output", str(out)]) == 0
+    assert main([*given, "--keep", "blocks.0.*", "text_encoder.*.down_proj", "--output", str(out)]) == 0
     assert "written" in capsys.readouterr().out
     loaded = SanaPipeline.from_pretrained(out, device="cpu", dtype=dtype)
     after = SanaPipeline.from_pretrained(folder, device="cpu", dtype=dtype)
-    after.quantize("int8", "nf4", keep=("blocks.0.*", "text_encoder.layers.0.*"))
+    after.quantize("int8", "nf4", keep=("blocks.0.*", "text_encoder.*.down_proj"))
     assert torch.equal(loaded(**CALL), after(**CALL)) and loaded.weights_hash() == after.weights_hash()
     assert all(name.startswith("blocks.1.") for name in quantization_of(loaded.transformer).layers)
 

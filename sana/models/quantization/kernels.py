@@ -189,18 +189,23 @@ def _pack_nf4(weight: Tensor) -> Parts:
 
     size = group_size(weight.shape[1], SCHEMES["nf4"])
     values, state = quantize_4bit(weight.contiguous(), blocksize=size, quant_type="nf4")
-    return values.view(weight.shape[0], -1), state.absmax
+    return values.view(len(weight), -1), state.absmax
 
 
 def _multiply_nf4(x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
     from bitsandbytes import matmul_4bit
-    from bitsandbytes.functional import QuantState
+    from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    values, absmax = parts
+    values, absmax = (part.view(-1) for part in parts)
     size = group_size(shape[1], SCHEMES["nf4"])
-    state = QuantState(absmax=absmax, shape=torch.Size(shape), blocksize=size, quant_type="nf4", dtype=x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    return matmul_4bit(x, values.view(-1, 1), state, bias=bias)
+    # bitsandbytes 0.50 reads wrong scales on a CPU for groups that run on from row to row, unless it sees one long row.
+    whole_rows = shape[1] % size == 0
+    seen = torch.Size(shape if whole_rows else (shape[0] * shape[1],))
+    state = QuantState(absmax=absmax, shape=seen, blocksize=size, quant_type="nf4", dtype=x.dtype)
+    if whole_rows:
+        return matmul_4bit(x, values[:, None], state, bias=bias)
+    return F.linear(x, dequantize_4bit(values[:, None], state).view(shape), bias)
 
 
 def _multiply_fp8(x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None) -> Tensor:

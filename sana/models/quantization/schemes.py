@@ -18,7 +18,7 @@ class Scheme:
         name: as users write it.
         bits: of one stored number.
         group: numbers of a row that share a scale, largest first: the first one that divides K is taken. () is the
-            whole row. `nf4` counts along the flattened weight and leaves its last group unfilled.
+            whole row. Where none divides K, `nf4` counts along the flattened weight, in its largest groups.
         group_bytes: what a scale takes, with its zero point where there is one.
         multiple: (of N, of K) that the kernel asks for.
         devices: device types that it runs on.
@@ -65,7 +65,7 @@ SCHEMES: dict[str, Scheme] = {
         # A bfloat16 scale and zero point a group; blocks of 8 rows and 32 columns are what the kernel reads.
         Scheme("int4", 4, (64, 32), 4, (8, 32), ("cuda",), (8, ANY), "torchao", "4-bit weights"),
         # A float32 scale a group; the 16 levels are those of Dettmers et al. 2023 (QLoRA).
-        Scheme("nf4", 4, (64,), 4, (1, 2), ("cpu", "cuda"), (0, ANY), "bitsandbytes", "4-bit normal-float weights"),
+        Scheme("nf4", 4, (64, 32), 4, (1, 2), ("cpu", "cuda"), (0, ANY), "bitsandbytes", "4-bit normal-float weights"),
         # One float32 scale a row; `sana.ops.fp8`.
         Scheme("fp8", 8, (), 4, (16, 16), ("cuda",), (9, 10), "", "e4m3 weights and inputs"),
     )
@@ -97,11 +97,11 @@ def group_size(width: int, scheme: Scheme) -> int:
     """
     if not scheme.group:
         return width
-    if scheme.name == "nf4":
-        return scheme.group[0]
     for size in scheme.group:
         if width % size == 0:
             return size
+    if scheme.name == "nf4":
+        return scheme.group[0]
     raise ValueError(f"{scheme.name} needs rows of a multiple of {scheme.group[-1]} numbers, and {width} is none.")
 
 
@@ -139,5 +139,4 @@ def quantized_bytes(shape: Sequence[int], scheme: str | None, dtype: torch.dtype
     found = scheme_of(scheme)
     rows, width = check_shape(shape, found)
     size = group_size(width, found)
-    groups = math.ceil(rows * width / size) if found.name == "nf4" else rows * (width // size)
-    return rows * width * found.bits // 8 + groups * found.group_bytes
+    return rows * width * found.bits // 8 + -(-rows * width // size) * found.group_bytes

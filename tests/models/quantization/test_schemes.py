@@ -31,13 +31,15 @@ def test_only_exact_weights_depend_on_the_dtype():
     assert quantized_bytes((64, 64), None, torch.float32) == 16384
 
 
-def test_the_last_group_of_nf4_is_counted_whole():
-    assert quantized_bytes((3, 30), "nf4", torch.float32) == 45 + 4 * 2
+def test_where_no_group_divides_a_row_nf4_counts_its_last_group_whole():
+    assert quantized_bytes((3, 80), "nf4", torch.float32) == 120 + 4 * 4
+    assert quantized_bytes((3, 96), "nf4", torch.float32) == 144 + 4 * 9  # groups of 32
 
 
 @pytest.mark.parametrize(("width", "size"), [(1152, 64), (2240, 64), (2880, 64), (5600, 32), (9216, 64)])
-def test_int4_groups_divide_the_released_widths(width, size):
-    assert group_size(width, SCHEMES["int4"]) == size
+@pytest.mark.parametrize("scheme", ["int4", "nf4"])
+def test_groups_divide_the_released_widths(scheme, width, size):
+    assert group_size(width, SCHEMES[scheme]) == size
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_int4_groups_divide_the_released_widths(width, size):
         ("fp8", (40, 32), "outputs that is a multiple of 16, and 40 is none"),
         ("int4", (8, 48), "inputs that is a multiple of 32, and 48 is none"),
         ("int8-dynamic", (12, 32), "outputs that is a multiple of 8, and 12 is none"),
-        ("nf4", (8, 31), "inputs that is a multiple of 2"),
+        ("nf4", (8, 31), "inputs that is a multiple of 2, and 31 is none"),
         ("int8", (8, 4, 3, 3), "no matrix"),
         ("int8", (8,), "no matrix"),
     ],
