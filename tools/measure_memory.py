@@ -106,9 +106,9 @@ def load_settings(model: str) -> SanaConfig:
     return load_config(model) if Path(model).suffix in (".yaml", ".yml") else source_config(find_model(model))
 
 
-def zeros_for(name: str, config: SanaConfig, dtype: torch.dtype, device: str) -> nn.Module:
-    """Builds a network of a config whose weights are all zero."""
-    network = networks.BUILDERS[name](config)
+def zeros_for(name: str, config: SanaConfig, dtype: torch.dtype, device: str, scheme: str | None = None) -> nn.Module:
+    """Builds a network of a config, quantised if a scheme is given, whose weights are all zero."""
+    network = networks.build_empty(name, config, scheme)
     networks.give_storage(network, networks.network_dtype(name, config, dtype), device)
     for _, tensor in networks.named_weights(network):
         tensor.zero_()
@@ -130,14 +130,15 @@ class Measurement:
         self.dtype = parse_dtype(args.dtype)
         factor = self.config.vae.vae_downsample_rate
         self.tiling = None if args.tile is None else make_tiling(factor, *[args.tile] * 4)
-        self.model = MemoryModel(self.config, device=args.device, dtype=self.dtype)
+        schemes = {"quantization": args.quantization, "text_quantization": args.text_quantization}
+        self.model = MemoryModel(self.config, device=args.device, dtype=self.dtype, **schemes)
 
     def row(self, stage: str) -> Row:
         """Predicts and measures one stage."""
         args, name = self.args, STAGES[stage]
         weights = self.model.weights(name)
         predicted = getattr(self, f"predict_{stage}")()
-        network = zeros_for(name, self.config, self.dtype, args.device)
+        network = zeros_for(name, self.config, self.dtype, args.device, self.model.schemes.get(name))
         held = stored_bytes(network)
         peak = measured_peak(getattr(self, f"run_{stage}")(network), args.device)
         size = (args.height, args.width, args.batch, args.dtype, args.device)
@@ -250,6 +251,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256, help="pixels")
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
     parser.add_argument("--dtype", default="fp32", help="of the transformer and the text encoder")
+    parser.add_argument("--quantization", help="scheme of the transformer")
+    parser.add_argument("--text_quantization", help="scheme of the text encoder")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tile", type=int, help="side of the autoencoder's tiles in pixels; whole pictures without")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))

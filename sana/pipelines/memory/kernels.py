@@ -1,6 +1,5 @@
 """What kernels hold only while they run, which no operation returns: formulas of shapes, by operation."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,36 +8,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
-PRODUCTS = (aten.mm.default, aten.addmm.default)
 
 
-class CpuKernels:
-    """The copies of weights that oneDNN makes for the time of one call, where none is kept.
+def cpu_kernels(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Returns the bytes that an operation on a CPU holds besides its arguments and its result.
 
-    Args:
-        unpacked: weights of our own products of which no packed copy is kept.
+    oneDNN's convolution makes a copy of the weight in its own layout for the time of the call. Before that PyTorch lays
+    the weight out as the image is; or, where that does not have channels last, oneDNN makes a copy of the image too.
     """
-
-    def __init__(self, unpacked: Iterable[Tensor] = ()) -> None:
-        self._unpacked = {weight.untyped_storage()._cdata for weight in unpacked}
-
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-        """Returns the bytes that an operation holds besides its arguments and its result."""
-        if func is aten.convolution.default:
-            return self._convolution(*args[:2])
-        if func in PRODUCTS:
-            return sum(one.nbytes for one in args if isinstance(one, Tensor) and self._is_unpacked(one))
+    if func is not aten.convolution.default:
         return 0
-
-    def _is_unpacked(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._unpacked
-
-    @staticmethod
-    def _convolution(x: Tensor, weight: Tensor) -> int:
-        """A weight in the layout of the image, and one in oneDNN's own."""
-        last = torch.channels_last if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else None
-        same = weight.is_contiguous() if last is None else weight.is_contiguous(memory_format=last)
-        return weight.nbytes * (1 if same else 2)
+    x, weight = args[:2]
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return int(weight.nbytes + x.nbytes)
+    return int(weight.nbytes * (1 if weight.is_contiguous(memory_format=torch.channels_last) else 2))
 
 
 class FusedAttention(TorchFunctionMode):

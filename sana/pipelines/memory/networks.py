@@ -1,7 +1,6 @@
 """The networks of a configuration as shapes: built without storage, and the bytes that their weights take."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,19 +178,16 @@ def weights_of(network: str, module: nn.Module, *, block: int, packed: int) -> N
     return NetworkWeights(total, packed, max(units.values(), default=0), rest, len(units))
 
 
-def split_packed(module: nn.Module, budget: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the weights whose packed copies are kept within a budget, and those that find no room in it.
+def packed_bytes(module: nn.Module, budget: int) -> int:
+    """Bytes of the packed copies of a network's weights that are kept within a budget.
 
     They are asked for in the order of their layers, see `sana.ops.packing.pack`.
     """
-    kept: list[Tensor] = []
-    left: list[Tensor] = []
     used = 0
     for weight in packable_weights(module):
-        fits = used + weight.nbytes <= budget
-        (kept if fits else left).append(weight)
-        used += weight.nbytes if fits else 0
-    return kept, left
+        if used + weight.nbytes <= budget:
+            used += weight.nbytes
+    return used
 
 
 def packable_weights(module: Any) -> Iterator[Tensor]:
@@ -206,8 +202,3 @@ def packable_weights(module: Any) -> Iterator[Tensor]:
             pointwise = child.kernel_size == (1, 1) and child.groups == 1 and child.stride == (1, 1)
             if pointwise or name.endswith(DEPTHWISE):
                 yield weight
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors."""
-    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)

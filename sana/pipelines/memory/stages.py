@@ -16,7 +16,7 @@ from sana.models.text_encoder.base import PromptEmbeds
 from sana.ops.packing import pack_budget
 from sana.pipelines.denoise import SprintDenoiser, TransformerDenoiser
 from sana.pipelines.memory import networks
-from sana.pipelines.memory.kernels import CpuKernels, FusedAttention
+from sana.pipelines.memory.kernels import FusedAttention, cpu_kernels
 from sana.pipelines.memory.networks import NetworkWeights
 from sana.pipelines.memory.texts import Lengths, TextRun
 from sana.pipelines.memory.tiles import set_tiling
@@ -87,9 +87,13 @@ class MemoryModel:
         Args:
             part: "text_encoder" (none are kept), "transformer", "encoder" or "decoder".
         """
+        if self.device != "cpu" or part == "text_encoder":
+            return 0
         if part not in self._packed:
-            kept, _ = self._split(part, self._build("autoencoder" if part in HALVES else part))
-            self._packed[part] = networks.nbytes(kept)
+            before = self.packed("transformer") if part in HALVES else 0
+            network = self._build("autoencoder" if part in HALVES else part)
+            module = getattr(network, part) if part in HALVES else network
+            self._packed[part] = networks.packed_bytes(module, pack_budget() - before)
         return self._packed[part]
 
     def encode_text(self, prompts: int, *, null: bool = True, tokens: int | None = None) -> int:
@@ -159,7 +163,7 @@ class MemoryModel:
             batch: number of pictures.
             tiling: None: every picture is decoded whole.
         """
-        with self._tracked("decoder") as (tracker, autoencoder), self._mode, tracker:
+        with self._tracked("autoencoder") as (tracker, autoencoder), self._mode, tracker:
             set_tiling(autoencoder, tiling)
             latents = torch.empty(
                 batch, autoencoder.latent_channels, *self._latent_size(height, width), device=self.device
@@ -171,7 +175,7 @@ class MemoryModel:
 
     def encode(self, height: int, width: int, batch: int, *, tiling: "Tiling | None" = None) -> int:
         """Returns the peak of encoding pictures to latents, above the autoencoder's weights; see `decode`."""
-        with self._tracked("encoder") as (tracker, autoencoder), self._mode, tracker:
+        with self._tracked("autoencoder") as (tracker, autoencoder), self._mode, tracker:
             set_tiling(autoencoder, tiling)
             images = torch.empty(batch, 3, height, width, device=self.device)
             autoencoder.encode(images)
@@ -203,20 +207,11 @@ class MemoryModel:
             networks.give_storage(module, networks.network_dtype(network, self.config, self.dtype), self.device)
         return module
 
-    def _split(self, part: str, network: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights with and without packed copies; the autoencoder's come after the transformer's."""
-        if self.device != "cpu" or part == "text_encoder":
-            return [], []
-        before = self.packed("transformer") if part in HALVES else 0
-        module = getattr(network, part) if part in HALVES else network
-        return networks.split_packed(module, pack_budget() - before)
-
     @contextmanager
-    def _tracked(self, part: str) -> Iterator[tuple[MemoryTracker, Any]]:
+    def _tracked(self, name: str) -> Iterator[tuple[MemoryTracker, Any]]:
         """Gives a tracker and a network whose weights it does not count."""
-        network = self._build("autoencoder" if part in HALVES else part)
-        kernels = CpuKernels(self._split(part, network)[1]) if self.device == "cpu" else None
-        tracker = MemoryTracker(block=self._block, extra=kernels)
+        network = self._build(name)
+        tracker = MemoryTracker(block=self._block, extra=cpu_kernels if self.device == "cpu" else None)
         tracker.ignore(tensor for _, tensor in networks.named_weights(network))
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())

@@ -1,10 +1,10 @@
 """Tiled runs of an autoencoder on tensors without storage: of tiles that are alike, one is run.
 
-A tile's memory depends on its size and on which sides have a halo, and the maps around it stay as large as they are: so
-of every row and column of tiles the first, the largest inner one and the last say all.
+A tile's memory depends on how much it reads and on which sides have a halo, and the maps around it stay as large as
+they are: so of every row and column of tiles the first, the inner one that reads most, and the last say all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sana.models.autoencoder.dc_ae import layout_of
-from sana.models.autoencoder.streaming import Job, _budget, _parts
+from sana.models.autoencoder.streaming import Attention, Convolutions, Job, _budget, _parts
 from sana.models.autoencoder.tiling import Span, Tiling
 from sana.models.layers.residency import using
 
@@ -52,7 +52,7 @@ def stream(
     for part in parts:
         factor = factor * part.reach.down // part.reach.up
         rows, columns = part.tiles(height, width, factor, budget)
-        cuts.append((thin(rows), thin(columns)))
+        cuts.append((thin(rows, reads(part, height)), thin(columns, reads(part, width))))
         height, width = part.size(height), part.size(width)
     job = Job(layout, None, tqdm(disable=True))
     for part, (rows, columns) in zip(parts, cuts, strict=True):
@@ -64,8 +64,17 @@ def stream(
     return x
 
 
-def thin(spans: Sequence[Span]) -> list[Span]:
-    """The first span, the largest inner one and the last."""
+def reads(part: Convolutions | Attention, size: int) -> Callable[[Span], tuple[int, ...]]:
+    """Returns what orders the spans of a part's output by the work of their tiles; the input has `size` pixels."""
+
+    def work(span: Span) -> tuple[int, ...]:
+        planned = part._plan(span, size) if isinstance(part, Convolutions) else [span]
+        return sum(stop - start for start, stop in planned), min(span[0], size - span[1])
+
+    return work
+
+
+def thin(spans: Sequence[Span], work: Callable[[Span], tuple[int, ...]]) -> list[Span]:
+    """The first span, the inner one with most work, and the last."""
     inner = spans[1:-1]
-    largest = [max(inner, key=lambda span: span[1] - span[0])] if inner else []
-    return [*spans[:1], *largest, *(spans[-1:] if len(spans) > 1 else [])]
+    return [*spans[:1], *([max(inner, key=work)] if inner else []), *(spans[-1:] if len(spans) > 1 else [])]

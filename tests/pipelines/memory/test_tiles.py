@@ -1,0 +1,50 @@
+"""Of tiles that are alike one says all: the same peak as all of them."""
+
+import pytest
+import torch
+
+from sana.models.autoencoder.tiling import Tiling, cut
+from sana.pipelines.loading import find_model, source_config
+from sana.pipelines.memory import tiles
+from sana.pipelines.memory.stages import MemoryModel
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("stage", ["decode", "encode"])
+def test_thinned_tiles_have_the_peak_of_all(stage, device, monkeypatch) -> None:
+    model = MemoryModel(source_config(find_model("asset/models/sana_tiny")), device=device, dtype=torch.float32)
+    tiling = Tiling(64, 64, 64, 64)
+    thinned = getattr(model, stage)(256, 320, 1, tiling=tiling)
+    monkeypatch.setattr(tiles, "thin", lambda spans, work: list(spans))
+    assert getattr(model, stage)(256, 320, 1, tiling=tiling) == thinned
+
+
+def test_thin_keeps_both_ends_and_the_inner_one_with_most_work() -> None:
+    def work(span: tuple[int, int]) -> tuple[int]:
+        return (span[1] - span[0],)
+
+    assert tiles.thin([(0, 9)], work) == [(0, 9)]
+    assert tiles.thin([(0, 4), (4, 9)], work) == [(0, 4), (4, 9)]
+    spans = cut(100, 11)
+    kept = tiles.thin(spans, work)
+    assert (kept[0], kept[-1], len(kept)) == (spans[0], spans[-1], 3)
+    assert work(kept[1]) == max(work(span) for span in spans)
+
+
+def test_tiles_bound_the_memory() -> None:
+    model = MemoryModel(source_config(find_model("asset/models/sana_tiny")), device="cuda", dtype=torch.float32)
+    whole = model.decode(1024, 1024, 1)
+    large, small = (model.decode(1024, 1024, 1, tiling=Tiling(side, side, side, side)) for side in (512, 256))
+    assert small < large < whole
+
+
+def test_an_autoencoder_without_exact_tiles_is_refused() -> None:
+    class Other:
+        tiles_exactly = False
+
+        def disable_tiling(self) -> None:
+            self.tiling = None
+
+    tiles.set_tiling(Other(), None)
+    with pytest.raises(NotImplementedError, match="The memory of a tiled Other is not predicted"):
+        tiles.set_tiling(Other(), Tiling())
