@@ -28,7 +28,8 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
             self._start_head_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timers()
+            self._stop_head_timer()
+            self._stop_write_timer()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -50,9 +51,7 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            if self._write_timer is not None:
-                self._write_timer.cancel()
-                self._write_timer = None
+            self._stop_write_timer()
 
         def _answering(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
@@ -71,8 +70,7 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
                 self._head_timer.cancel()
                 self._head_timer = None
 
-        def _stop_timers(self) -> None:
-            self._stop_head_timer()
+        def _stop_write_timer(self) -> None:
             if self._write_timer is not None:
                 self._write_timer.cancel()
                 self._write_timer = None

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tools.bench.hostile import KINDS, Target, draw, exchange, head, posted
+from tools.bench.hostile import GOOD, KINDS, Target, draw, exchange, head, posted
 
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 16  # hostile requests
@@ -32,6 +32,7 @@ ALLOWED_5XX = (501, 503)  # not there yet; too many connections
 GROWTH_MIB = 32.0  # that memory may grow by between the first fifth of the hostile requests and the last
 ENOUGH = 20  # latencies below which no percentile beyond the median is told
 PATIENCE_SECONDS = 60
+SETTLING = 400  # pictures of one step before the hostile requests: the allocator of a new process still takes memory
 
 
 def numbers(text: str) -> list[int]:
@@ -124,6 +125,17 @@ async def load(target: Target, clients: int, seconds: float, wish: dict[str, Any
         enough = len(latencies) >= ENOUGH
         told |= {f"p{one}": percentile(latencies, one) if enough else None for one in (95, 99)}
     return told | {"failures": dict(failures)}
+
+
+async def settle(target: Target) -> None:
+    """Has as many short pictures made at once as hostile requests will come, until memory no longer grows by that."""
+    coming = iter(range(SETTLING))
+
+    async def client() -> None:
+        for seed in coming:
+            await exchange(target, posted(json.dumps(GOOD | {"seed": seed}).encode()))
+
+    await asyncio.gather(*(client() for _ in range(AT_ONCE)))
 
 
 async def attack(target: Target, pid: int, count: int, seed: int) -> dict[str, Any]:
@@ -220,6 +232,7 @@ async def measure(options: argparse.Namespace, target: Target, pid: int) -> dict
     for clients in options.clients:
         sys.stderr.write(f"\r{clients} clients   ")
         found.append(await load(target, clients, options.seconds, wish))
+    await settle(target)
     hostile = await attack(target, pid, options.hostile, options.seed)
     sys.stderr.write("\n")
     return {"wish": wish, "load": found, "hostile": hostile}
