@@ -230,6 +230,7 @@ def _reasons(estimate: Estimator, settings: Settings, calls: int) -> list[Reason
             why = "as asked for"
         elif value == getattr(plain, attribute):
             why = FREE[name] if limited else "the pipeline's own way"
+            why = "tiles take the pictures one by one" if name == "slicing" and settings.tile else why
         else:
             without = estimate.worst(replace(settings, **{attribute: getattr(plain, attribute)}))
             why = f"otherwise {without.name} needs {format_memory(without.total)}"

@@ -99,7 +99,7 @@ def _stage_table(sheet: Sheet, unit: str, show: Any) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [(unit, *(stage.name for stage in sheet.stages))]
     for name in held:
         amounts = (stage.held.get(name, 0) for stage in sheet.stages)
-        rows.append((name, *(show(amount) if amount else "-" for amount in amounts)))
+        rows.append((name.replace("_", " "), *(show(amount) if amount else "-" for amount in amounts)))
     rows.append(("above these", *(show(stage.peak) for stage in sheet.stages)))
     rows.append(("total", *(show(stage.total) for stage in sheet.stages)))
     rows.append(("", *("decides" if stage is sheet.decisive else "" for stage in sheet.stages)))

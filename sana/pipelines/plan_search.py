@@ -136,7 +136,8 @@ def decodings(job: Job, batch: int) -> tuple[tuple[int | None, bool], ...]:
     if request.tiling == AUTO:
         longest = max(job.size.model_height, job.size.model_width)
         tiles = [None, *(tile for tile in TILES if tile < longest and tile % job.factor == 0)]
-    return ((tiles[0], False), *((tile, sliced) for tile in (tiles if sliced else tiles[1:])))
+    one_by_one = ((tiles[0], True),) if sliced and tiles[0] is None else ()  # as tiles are anyway
+    return ((tiles[0], False), *one_by_one, *((tile, False) for tile in tiles[1:]))
 
 
 def _search(estimate: Estimator, limit: int) -> Settings | None:
@@ -175,11 +176,14 @@ def _with_decoding(estimate: Estimator, limit: int, settings: Settings) -> Setti
     for name in (TEXT, DENOISE):
         if name in estimate.stages and not _fits(estimate, limit, name, settings):
             return None
-    for tile, slicing in decodings(estimate.job, settings.batch):
-        tried = replace(settings, tile=tile, slicing=slicing)
-        if _fits(estimate, limit, DECODE, tried):
-            return tried
-    return None
+    ways = [replace(settings, tile=tile, slicing=slicing) for tile, slicing in decodings(estimate.job, settings.batch)]
+    whole, tiled = [way for way in ways if way.tile is None], [way for way in ways if way.tile is not None]
+    for way in whole:
+        if _fits(estimate, limit, DECODE, way):
+            return way
+    smallest_first = tiled[::-1]  # a smaller tile needs no more than a larger one
+    found = greatest(len(tiled), lambda index: _fits(estimate, limit, DECODE, smallest_first[index - 1]))
+    return smallest_first[found - 1] if found else None
 
 
 def _fits(estimate: Estimator, limit: int, name: str, settings: Settings) -> bool:

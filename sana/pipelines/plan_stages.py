@@ -93,9 +93,9 @@ class Estimator:
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def for_job(self, job: Job) -> "Estimator":
-        """Returns an estimator of another job with the same model and dtypes; it shares the memory models."""
+        """Returns an estimator of a job that differs in size or open settings only; it shares all that is known."""
         other = Estimator(job, self._make_model)
-        other._models = self._models
+        other._models, other._known = self._models, self._known
         return other
 
     @property
@@ -145,7 +145,7 @@ class Estimator:
             )
         if name == DENOISE:
             return self._ask(
-                (name, settings.batch, self._schemes(name, settings)),
+                (name, self.job.size, settings.batch, self._schemes(name, settings)),
                 lambda: self._model(DENOISE, settings).denoise(
                     self.job.size.model_height, self.job.size.model_width, settings.batch,
                     guidance=self.job.guidance, pag=self.job.request.pag,
@@ -164,7 +164,7 @@ class Estimator:
     def _decode(self, settings: Settings) -> int:
         size, tile = self.job.size, settings.tile
         return self._ask(
-            (DECODE, settings.batch, tile, settings.packing),
+            (DECODE, size, settings.batch, tile, settings.packing),
             lambda: self._model(DECODE, settings).decode(
                 size.model_height, size.model_width, settings.batch, tiling=None if tile is None else make_tiling(tile)
             ),

@@ -74,6 +74,8 @@ def test_smaller_batches_come_before_group_offload_and_are_spread_evenly():
 def test_a_batch_is_decoded_one_by_one_before_tiles_are_taken():
     chosen = search(estimator(batch=2, max_vram=13_000 * M))
     assert (chosen.tile, chosen.slicing, chosen.offload) == (None, True, "none")
+    chosen = search(estimator(batch=2, max_vram=11_000 * M))
+    assert (chosen.tile, chosen.slicing, chosen.offload) == (768, False, "none"), "tiles take one picture at a time"
 
 
 def test_on_a_cpu_packed_copies_go_before_quality(monkeypatch: pytest.MonkeyPatch):
@@ -173,7 +175,7 @@ def test_decodings_go_from_free_to_dear():
     assert decodings(job(), 1) == (
         (None, False), (768, False), (512, False), (384, False), (256, False), (128, False)
     )  # fmt: skip
-    assert decodings(job(), 2)[:3] == ((None, False), (None, True), (768, True))
+    assert decodings(job(), 2)[:3] == ((None, False), (None, True), (768, False))
     assert decodings(job(device="cpu"), 2)[:2] == ((None, False), (768, False))
     assert decodings(job(tiling="none"), 1) == ((None, False),)
     assert decodings(job(tiling=96), 1) == ((96, False),)

@@ -71,12 +71,14 @@ def test_numbers_are_computed_once():
     assert [one[0] for one in asked] == ["encode_text", "denoise", "decode", "denoise"]
 
 
-def test_another_job_shares_the_models_and_not_the_numbers():
+def test_another_size_has_its_own_numbers_where_it_matters():
     maker = Maker()
     estimate = Estimator(make_job(large_config(), PlanRequest()), maker)
     other = estimate.for_job(make_job(large_config(), PlanRequest(height=512, width=512, use_resolution_binning=False)))
-    assert estimate.peak(DENOISE, Settings()) == 4 * other.peak(DENOISE, Settings())
+    for name, ratio in ((TEXT, 1), (DENOISE, 4), (DECODE, 4)):
+        assert estimate.peak(name, Settings()) == ratio * other.peak(name, Settings())
     assert len(maker.made) == 1
+    assert [one[0] for one in maker.asked] == ["encode_text", "denoise", "denoise", "decode", "decode"]
 
 
 def bundled_config() -> SanaConfig:
