@@ -143,6 +143,26 @@ def is_cast(name: str, tensor: Tensor, stored: Iterable[str] = ()) -> bool:
     return tensor.is_floating_point() and name not in stored
 
 
+def use_empty_tables(transformer: Any) -> None:
+    """Makes a transformer without weights take position tables of the right shape, which nobody keeps.
+
+    Its own are kept for the whole process, and one without numbers would be served to a real network later.
+    """
+    arch, rotations = transformer.architecture, {}
+
+    def position_embedding(grid: tuple[int, int]) -> Tensor | None:
+        added = arch.use_pe and not arch.use_rope
+        return torch.empty(1, grid[0] * grid[1], arch.hidden_size) if added else None
+
+    def rotary(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if arch.use_rope and grid not in rotations:
+            shape = (grid[0] * grid[1], arch.head_dim)
+            rotations[grid] = (torch.empty(shape, device=device), torch.empty(shape, device=device))
+        return rotations.get(grid)
+
+    transformer.position_embedding, transformer.rotary = position_embedding, rotary
+
+
 def named_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer once."""
     yield from network.named_parameters()

@@ -205,6 +205,8 @@ class MemoryModel:
         module = networks.build_empty(network, self.config, self.schemes.get(network))
         with self._mode:
             networks.give_storage(module, networks.network_dtype(network, self.config, self.dtype), self.device)
+        if network == "transformer":
+            networks.use_empty_tables(module)
         return module
 
     @contextmanager

@@ -1,10 +1,12 @@
 """Predicted peaks against what PyTorch's allocator reports of a real run of the bundled model, within a tenth."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 import torch
 
+from sana.models.transformer import position
 from sana.pipelines.loading import find_model, source_config
 from sana.pipelines.memory.stages import MemoryModel
 from tools.measure_memory import Measurement, parse_args
@@ -53,6 +55,18 @@ def test_the_same_question_has_the_same_answer(tiny) -> None:
     assert model.decode(256, 256, 1) == model.decode(256, 256, 1)
     assert model.denoise(256, 256, 1) == model.denoise(256, 256, 1)
     assert model.encode_text(2) == model.encode_text(2)
+
+
+@pytest.mark.parametrize("kind", ["sincos", "flux_rope"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tables_of_positions_are_counted_and_never_kept_for_the_process(tiny, kind, device) -> None:
+    caches = (position.sincos_table, position.rotary_table)
+    before = [cache.cache_info() for cache in caches]
+    plain = MemoryModel(tiny, device=device, dtype=torch.float32).denoise(256, 256, 1)
+    model = replace(tiny.model, use_pe=True, pos_embed_type=kind)
+    placed = MemoryModel(replace(tiny, model=model), device=device, dtype=torch.float32).denoise(256, 256, 1)
+    assert placed > plain or (device == "cpu" and placed == plain)  # there a table goes after it was added
+    assert [cache.cache_info() for cache in caches] == before
 
 
 def test_guidance_and_perturbation_are_branches_that_take_memory(tiny) -> None:
