@@ -9,83 +9,11 @@ The address is printed when the server is ready. SIGTERM and Ctrl-C end it: what
 handed back with 503. Exit codes: 0 ended as asked, 1 failure (weights, network, address in use), 2 wrong usage.
 """
 
-import argparse
-import re
 import sys
-from typing import Any
 
-OVERRIDE = re.compile(r"--[A-Za-z_]\w*(\.\w+)+=.*", re.DOTALL)
-MODEL = ("config", "model_path", "device", "dtype", "quantization", "text_quantization", "offload")
+from sana.commands.serve import build_parser, main
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser; an option that was not given is absent from its result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--config", help="YAML of the model; not needed where the weights say what they are")
-    add("--model_path", help="weights: path, hf://owner/repo/path, hub id or URL (default: asset/models/sana_tiny)")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--dtype", help="fp32, bf16 or fp16 (default: fp32 on a CPU, else the config's)")
-    add("--quantization", metavar="SCHEME", help="of the transformer: none, int8, int8-dynamic, int4, nf4 or fp8")
-    add("--text_quantization", metavar="SCHEME", help="of the text encoder, by the same names")
-    add("--offload", help="where weights wait on the CPU: none, model, group or sequential; the same pictures")
-    add("--model_name", help="what clients call the model (default: the name of its folder or repository)")
-    add("--host", help="address to listen at (default: 127.0.0.1, this machine only)")
-    add("--port", type=int, help="0 is any free one (default: 8000)")
-    add("--public_url", help="what clients put before /files/... (default: the address that they asked)")
-    add("--api_key", action="append", metavar="KEY", help="lets its bearer in; may be repeated; shown by ps")
-    add("--api_key_file", action="append", metavar="FILE", help="keys, one a line; may be repeated")
-    whole, seconds = {"type": int, "metavar": "N"}, {"type": float, "metavar": "S"}
-    add("--max_active", **whole, help="pictures in work at a time (default: 8)")
-    add("--max_queue", **whole, help="pictures that may wait; then 429 (default: 64)")
-    add("--max_images", **whole, help="pictures of one request, n (default: 10)")
-    add("--max_steps", **whole, help="steps of a picture (default: 100)")
-    add("--max_pixels", **whole, help="of a picture (default: four times the model's own)")
-    add("--max_prompt", **whole, help="characters of a prompt (default: 4000)")
-    add("--max_body", **whole, help="bytes of a request (default: 65536)")
-    add("--max_connections", **whole, help="open at a time (default: 512)")
-    add("--request_seconds", **seconds, help="from a request to its pictures; then 504 (default: 600)")
-    add("--body_seconds", **seconds, help="for a client to send a request; then 408 (default: 15)")
-    add("--header_seconds", **seconds, help="for a client to send a head; then cut off (default: 10)")
-    add("--write_seconds", **seconds, help="for a client to take an answer; then cut off (default: 60)")
-    add("--grace_seconds", **seconds, help="for pictures in work at the end (default: 30)")
-    add("--keep_files", **whole, help="pictures kept for response_format url (default: 1000)")
-    add("--keep_bytes", **whole, help="bytes of those pictures (default: 1 GiB)")
-    add("--keep_seconds", **seconds, help="how long they are kept (default: 3600)")
-    add("--debug", action="store_true", help="tracebacks in the log; they may show paths and prompts")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Serves; returns the exit code."""
-    parser = build_parser()
-    known, rest = parser.parse_known_args(arguments)
-    strangers = [one for one in rest if not OVERRIDE.fullmatch(one)]
-    if strangers:
-        parser.error(f"unknown argument {strangers[0]} (a config override is written --section.key=value)")
-    given: dict[str, Any] = vars(known)
-
-    from sana.pipelines.command import run_command
-
-    def work() -> int:
-        from sana.pipelines.options import InferenceOptions
-        from sana.serving.keys import read_keys
-        from sana.serving.server import serve
-        from sana.serving.settings import ServerSettings
-        from sana.utils.logging import setup_logging
-
-        setup_logging()
-        model = InferenceOptions(overrides=rest, **{name: given[name] for name in MODEL if name in given})
-        files = [key for file in given.get("api_key_file", ()) for key in read_keys(file)]
-        other = {name: value for name, value in given.items() if name not in (*MODEL, "api_key", "api_key_file")}
-        settings = ServerSettings(api_keys=(*given.get("api_key", ()), *files), **other)
-        return serve(model, settings, lambda url: print(url, flush=True))
-
-    return run_command(work, debug=bool(given.get("debug")))
-
+__all__ = ["build_parser", "main"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(description=__doc__))

@@ -8,58 +8,11 @@ CUDA device), fp8 (needs a Hopper GPU). The exact network is never in memory as 
 1: the model could not be read, or the folder not written.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from sana.models.quantization.schemes import SCHEMES
-from sana.pipelines import loading
-from sana.pipelines.command import run_command
-from sana.pipelines.quantized_folder import save_quantized
-from sana.pipelines.sana_pipeline import SanaPipeline
-from sana.utils.logging import setup_logging
+from sana.commands.quantize import build_parser, main
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """The arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model_path", required=True, help="model folder, weight file, hf:// reference or hub id")
-    add("--config", help="YAML of weights that do not say what they are")
-    add("--scheme", choices=tuple(SCHEMES), help="of the transformer")
-    add("--text_encoder", choices=tuple(SCHEMES), help="scheme of the text encoder; without it, it is copied as it is")
-    add("--keep", nargs="+", default=[], metavar="PATTERN", help='layers that stay exact, e.g. "blocks.0.*"')
-    add("--output", required=True, type=Path, help="folder to write; must not exist")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of what stays exact, and of weights before [the config's]")
-    add("--device", help="where weights are packed; int4 and fp8 need their GPU [cpu]", default="cpu")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    setup_logging()
-    if not (args.scheme or args.text_encoder):
-        parser.error("give --scheme, --text_encoder or both")
-    return run_command(lambda: convert(args))
-
-
-def convert(args: argparse.Namespace) -> None:
-    """Loads the model quantised and writes it."""
-    if args.output.exists():
-        raise ValueError(f"{args.output} exists already; name a folder that does not, or remove it.")
-    source = loading.find_model(args.model_path)
-    config = loading.as_config(args.config) if args.config else loading.source_config(source)
-    pipeline = SanaPipeline(config, device=args.device, dtype=args.dtype or config.model.mixed_precision)
-    pipeline.quantize(args.scheme, args.text_encoder, keep=args.keep).from_pretrained(args.model_path)
-    if args.text_encoder:
-        _ = pipeline.text_encoder  # loaded when first asked for
-    save_quantized(pipeline, source, args.output)
-    size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
-    print(f"{args.output}: written, {size / 2**20:.1f} MiB")
-
+__all__ = ["build_parser", "main"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(description=__doc__))

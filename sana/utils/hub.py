@@ -320,3 +320,19 @@ def _explain_unreachable(error: Exception) -> str:
     if status is not None:
         return f"{constants.ENDPOINT} answered with status {status}, and it is not in the cache {cache}"
     return f"{constants.ENDPOINT} could not be reached, and it is not in the cache {cache}"
+
+
+def hub_settings() -> dict[str, str | bool]:
+    """Returns what huggingface_hub does here: endpoint, cache folders, whether it is offline and has a token.
+
+    The token itself is not among it.
+    """
+    from huggingface_hub import constants, get_token
+
+    return {
+        "endpoint": constants.ENDPOINT,
+        "home": constants.HF_HOME,
+        "cache": constants.HF_HUB_CACHE,
+        "offline": bool(constants.HF_HUB_OFFLINE),
+        "token": get_token() is not None,
+    }
