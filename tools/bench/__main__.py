@@ -21,7 +21,7 @@ from sana.registry import suggest
 
 ROOT = Path(__file__).parents[2]
 SUITES = ("cpu", "gpu", "quick", "all")
-PARTS = ("end_to_end", "block_stack", "training_step", "scaling", "loader", "operators", "memory", "dit")
+PARTS = ("end_to_end", "block_stack", "training_step", "scaling", "loader", "operators", "memory", "dit", "tiling")
 
 
 def one_of(kind: str, known: Sequence[str], name: str) -> str:

@@ -25,6 +25,7 @@ PARTS = Registry(
         "operators": "tools.bench.operators:cases",
         "memory": "tools.bench.memory:cases",
         "dit": "tools.bench.dit:cases",
+        "tiling": "tools.bench.tiling:cases",
     },
 )
 SECONDS = {"cpu": 570.0, "gpu": 500.0, "quick": 150.0}
