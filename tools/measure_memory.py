@@ -232,7 +232,7 @@ class Measurement:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, in MiB."""
-    lines = [f"{'stage':8} {'weights':>21} {'above them':>21} {'total':>21}  predicted / measured"]
+    lines = [f"{'stage':12} {'weights':>21} {'above them':>21} {'total':>21}  predicted / measured"]
     for row in rows:
         pairs = (
             (row.predicted_weights, row.measured_weights),
@@ -240,7 +240,7 @@ def table(rows: Sequence[Row]) -> str:
             (row.predicted_weights + row.predicted_stage, row.measured_weights + row.measured_stage),
         )
         cells = " ".join(f"{one / 2**20:10.1f}{two / 2**20:11.1f}" for one, two in pairs)
-        lines.append(f"{row.stage:8} {cells}  {row.ratio:.3f}")
+        lines.append(f"{row.stage:12} {cells}  {row.ratio:.3f}")
     return "\n".join(lines)
 
 

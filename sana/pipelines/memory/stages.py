@@ -216,8 +216,7 @@ class MemoryModel:
         tracker = MemoryTracker(block=self._block, extra=cpu_kernels if self.device == "cpu" else None)
         tracker.ignore(tensor for _, tensor in networks.named_weights(network))
         with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # asked for its identity
+            stack.enter_context(quiet())
             if self.device == "cuda":
                 stack.enter_context(FusedAttention())
             stack.enter_context(torch.no_grad())
@@ -264,6 +263,14 @@ class MemoryModel:
                 return denoiser(latents, torch.full((), float(angle)))
 
         sampler.sample(model, noise, sampler.times(2), sigma_data=self.config.scheduler.sigma_data)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves out a warning about tensors without storage whose address is read, here as an identity only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        yield
 
 
 @cache

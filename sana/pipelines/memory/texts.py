@@ -38,18 +38,22 @@ class TextRun:
         kind: the class that the pipeline puts around it.
         lengths: of the texts.
         device: where it is.
+        together: whether all prompts run in one call; None: not on a CPU.
     """
 
-    def __init__(self, network: Any, kind: type[TextEncoder], lengths: Lengths, device: str) -> None:
+    def __init__(
+        self, network: Any, kind: type[TextEncoder], lengths: Lengths, device: str, *, together: bool | None = None
+    ) -> None:
         self.network = network
         self.kind = kind
         self.lengths = lengths
         self.device = device
+        self.together = device != "cpu" if together is None else together
         self.prefix: Prefix | None = None
 
     def encode(self, prompts: int) -> list[Tensor]:
         """Returns the features that a pipeline keeps of prompts: (prompt, C) each."""
-        rows = 1 if self.device == "cpu" else prompts
+        rows = prompts if self.together else 1
         reuse = self.kind.uses_chi and self.kind.causal and self.lengths.instruction > 0
         reuse = reuse and supports_prefix(self.network.config, self.lengths.total)
         if reuse and self.lengths.instruction >= MIN_TOKENS:
