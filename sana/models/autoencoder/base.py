@@ -136,6 +136,16 @@ class Autoencoder(nn.Module):
         """Encodes and decodes every image whole, also those that would be tiled unasked."""
         self.tiling, self._tiles_large = None, False
 
+    def tile_like(self, other: Autoencoder) -> Self:
+        """Takes over what another one was told of tiles, slices and progress; for a copy that runs in its place.
+
+        Returns:
+            Itself.
+        """
+        self.tiling, self.progress = other.tiling, other.progress
+        self._tiles_large, self._slices = other._tiles_large, other._slices
+        return self
+
     def enable_slicing(self) -> None:
         """Runs the images of a batch one by one, on every device."""
         self._slices = True

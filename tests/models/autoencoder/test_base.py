@@ -222,6 +222,23 @@ def test_tiles_that_were_asked_for_serve_no_training(training: bool) -> None:
     model.encode(torch.randn(1, 3, 16, 16))
 
 
+def test_a_copy_tiles_like_the_original_when_told() -> None:
+    model = tiles_of_two()
+    twin = copy.deepcopy(model)
+    model.disable_tiling()
+    model.enable_slicing()
+    model.progress = False
+    assert twin.tile_like(model) is twin
+    assert (twin.tiling, twin.progress, twin.tiling_for(8192, 8192)) == (None, False, None)
+    model.enable_tiling(64, 64)
+    assert twin.tile_like(model).tiling_for(128, 128) == model.tiling
+    twin.train().requires_grad_(False)
+    batches: list[int] = []
+    twin.decoder.register_forward_hook(lambda _, inputs, out: batches.append(len(out)))
+    twin.decode(torch.randn(2, 4, 4, 4))
+    assert batches == [1, 1], "slices came along"
+
+
 def test_sizes_of_tiles_are_multiples_of_the_factor() -> None:
     with pytest.raises(ValueError, match="tile_sample_min_width must be a positive multiple of 2,"):
         tiles_of_two().enable_tiling(8, 7)
