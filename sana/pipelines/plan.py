@@ -13,7 +13,7 @@ from torch import nn
 
 from sana.config import SanaConfig
 from sana.ops.packing import set_pack_budget
-from sana.pipelines.plan_report import Reason, Sheet
+from sana.pipelines.plan_report import CPU_NOTE, CUDA_NOTE, Reason, Sheet
 from sana.pipelines.plan_request import AUTO, NONE, Job, PlanRequest, format_memory, make_job
 from sana.pipelines.plan_search import MemoryLimitError, as_options, own_tile, search
 from sana.pipelines.plan_stages import Estimator, MakeModel, MemoryModel, Settings, make_tiling
@@ -28,11 +28,6 @@ __all__ = ["MemoryLimitError", "Plan", "PlanRequest", "Plannable", "make_plan"]
 logger = get_logger(__name__)
 Item = TypeVar("Item")
 
-CUDA_NOTE = (
-    "allocated tensors only: the CUDA context, loaded kernels and the allocator's spare blocks come on top (nvidia-smi "
-    "shows them, torch.cuda.max_memory_allocated does not); keep some memory free with margin."
-)
-CPU_NOTE = "allocated tensors only: the interpreter, its libraries and freed memory that malloc keeps come on top."
 INEXACT_NOTE = "quantised weights change the picture a little; every other setting here makes the same picture."
 FREE = {
     "batch": "all in one call",
@@ -186,18 +181,15 @@ def make_plan(config: SanaConfig, request: PlanRequest, *, make_model: MakeModel
     )
 
 
-def _memory_model(
-    config: SanaConfig, job: Job, quantization: str | None, text_quantization: str | None, packing: bool
-) -> MemoryModel:
-    from sana.pipelines.plan_residency import OffloadModel
+def _memory_model(config: SanaConfig, job: Job, quantization: str | None, text_quantization: str | None) -> MemoryModel:
+    from sana.pipelines.memory.stages import MemoryModel as Predicted
 
-    return OffloadModel(
+    return Predicted(
         config,
         device=job.request.device,
         dtype=job.dtype,
         quantization=quantization,
         text_quantization=text_quantization,
-        packing=packing,
     )
 
 

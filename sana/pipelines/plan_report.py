@@ -7,6 +7,11 @@ from typing import Any
 from sana.pipelines.plan_stages import Stage
 
 GB, MB = 10**9, 10**6
+CUDA_NOTE = (
+    "allocated tensors only: the CUDA context, loaded kernels and the allocator's spare blocks come on top (nvidia-smi "
+    "shows them, torch.cuda.max_memory_allocated does not); keep some memory free with margin."
+)
+CPU_NOTE = "allocated tensors only: the interpreter, its libraries and freed memory that malloc keeps come on top."
 
 
 @dataclass(frozen=True)

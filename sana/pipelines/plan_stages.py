@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from sana.ops.packing import pack_budget
+from sana.pipelines.memory.networks import NetworkWeights
 from sana.pipelines.plan_request import Job
 
 TEXT, DENOISE, DECODE = "text encoding", "denoising", "decoding"
@@ -17,16 +18,15 @@ NETWORKS = {TEXT: "text_encoder", DENOISE: "transformer", DECODE: "autoencoder"}
 
 
 class MemoryModel(Protocol):
-    """What is read of `sana.pipelines.plan_residency.OffloadModel`."""
+    """What is read of `sana.pipelines.memory.stages.MemoryModel`."""
 
-    def weights(self, network: str) -> Any: ...
-    def held(self, network: str, offload: str) -> int: ...
+    def weights(self, network: str) -> NetworkWeights: ...
     def encode_text(self, prompts: int, *, null: bool = True) -> int: ...
     def denoise(self, height: int, width: int, batch: int, *, guidance: bool = True, pag: bool = False) -> int: ...
     def decode(self, height: int, width: int, batch: int, *, tiling: Any = None) -> int: ...
 
 
-MakeModel = Callable[[str | None, str | None, bool], MemoryModel]  # (quantization, text_quantization, packing) -> model
+MakeModel = Callable[[str | None, str | None], MemoryModel]  # (quantization, text_quantization) -> model
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class Estimator:
 
     Args:
         job: what is to be made.
-        make_model: (quantization, text_quantization, packing) -> memory model. Each network has its own, since the
-            scheme of one changes nothing in the others.
+        make_model: (quantization, text_quantization) -> memory model. Each network has its own, since the scheme of one
+            changes nothing in the others.
     """
 
     def __init__(self, job: Job, make_model: MakeModel) -> None:
         self.job = job
         self._make_model = make_model
-        self._models: dict[tuple[str | None, str | None, bool], MemoryModel] = {}
+        self._models: dict[tuple[str | None, str | None], MemoryModel] = {}
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def for_job(self, job: Job) -> "Estimator":
@@ -118,14 +118,13 @@ class Estimator:
     def resident(self, name: str, settings: Settings) -> dict[str, int]:
         """Returns network -> bytes of its weights that are on the device during a stage (at their greatest)."""
         if settings.offload != "none":
-            network, schemes = NETWORKS[name], self._schemes(name, settings)
-            key = (network, schemes, settings.offload)
-            return {network: self._ask(key, lambda: self._model(name, settings).held(network, settings.offload))}
-        held = {NETWORKS[stage]: int(self._weights(NETWORKS[stage], settings).total) for stage in self.stages}
+            network = NETWORKS[name]
+            return {network: kept_by_offload(self._weights(network, settings), settings.offload)}
+        held = {NETWORKS[stage]: self._weights(NETWORKS[stage], settings).total for stage in self.stages}
         if settings.packing:
             budget = pack_budget()
             for stage in self.stages[: self.stages.index(name) + 1]:  # copies are made when a network first runs
-                copies = min(int(self._weights(NETWORKS[stage], settings).packed), budget)
+                copies = min(self._weights(NETWORKS[stage], settings).packed, budget)
                 held[NETWORKS[stage]] += copies
                 budget -= copies
         return held
@@ -134,7 +133,7 @@ class Estimator:
         """Returns the bytes of weights that offload keeps in the machine's memory."""
         if settings.offload == "none":
             return 0
-        return sum(int(self._weights(NETWORKS[stage], settings).total) for stage in self.stages)
+        return sum(self._weights(NETWORKS[stage], settings).total for stage in self.stages)
 
     def peak(self, name: str, settings: Settings) -> int:
         """Returns the bytes above the weights."""
@@ -164,7 +163,7 @@ class Estimator:
     def _decode(self, settings: Settings) -> int:
         size, tile = self.job.size, settings.tile
         return self._ask(
-            (DECODE, size, settings.batch, tile, settings.packing),
+            (DECODE, size, settings.batch, tile),
             lambda: self._model(DECODE, settings).decode(
                 size.model_height, size.model_width, settings.batch, tiling=None if tile is None else make_tiling(tile)
             ),
@@ -181,16 +180,15 @@ class Estimator:
         finished = count * (latents + 3 * pixels * 4)  # float32, and what scales them to [0, 1]
         return max(made, joined, finished)
 
-    def _weights(self, network: str, settings: Settings) -> Any:
+    def _weights(self, network: str, settings: Settings) -> NetworkWeights:
         stage = next(one for one in NETWORKS if NETWORKS[one] == network)
         schemes = self._schemes(stage, settings)
         return self._ask((network, schemes), lambda: self._model(stage, settings).weights(network))
 
-    def _schemes(self, stage: str, settings: Settings) -> tuple[str | None, str | None, bool]:
+    def _schemes(self, stage: str, settings: Settings) -> tuple[str | None, str | None]:
         return (
             settings.quantization if stage == DENOISE else None,
             settings.text_quantization if stage == TEXT else None,
-            settings.packing,
         )
 
     def _model(self, stage: str, settings: Settings) -> MemoryModel:
@@ -210,3 +208,9 @@ def make_tiling(tile: int) -> Any:
     from sana.models.autoencoder.tiling import Tiling
 
     return Tiling(height=tile, width=tile, stride_height=tile, stride_width=tile)
+
+
+def kept_by_offload(weights: NetworkWeights, offload: str) -> int:
+    """Returns the most bytes of a running network's weights that are on the device, by the kind of offload."""
+    kept = {"none": weights.total, "model": weights.total, "group": weights.pair, "sequential": weights.unit}[offload]
+    return kept if offload in ("none", "model") else min(weights.total, weights.rest + kept)

@@ -4,14 +4,14 @@ The numbers are of `sana.pipelines.memory.training`; a table of them is in `plan
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from sana.config import SanaConfig
 from sana.config_extra import train_extra
 from sana.pipelines import inputs
-from sana.pipelines.plan_report import Reason, Sheet
+from sana.pipelines.plan_report import CPU_NOTE, CUDA_NOTE, Reason, Sheet
 from sana.pipelines.plan_request import (
     AUTO,
     DEVICES,
@@ -31,14 +31,15 @@ NOTE = "one process without shards (train.use_fsdp); validation pictures, batche
 
 
 class TrainingModel(Protocol):
-    """What gives the numbers: bytes of a run, by its settings."""
+    """What gives the numbers."""
 
-    def stages(self, batch: int, checkpointing: str) -> tuple[Stage, ...]:
+    def stages(self, batch: int, checkpointing: str, accumulation: int) -> tuple[Stage, ...]:
         """Returns what every stage of a step holds.
 
         Args:
             batch: images of a micro-batch.
             checkpointing: one of CHECKPOINTING.
+            accumulation: micro-batches of a step.
         """
 
 
@@ -127,33 +128,31 @@ def make_training_plan(
         MemoryLimitError: not even one image fits.
     """
     ways = _ways(config, request)
-    model = model or _memory_model(config, request.device)
+    model = model or _Predicted(config, request.device)
+    wanted = config.train.train_batch_size * config.train.gradient_accumulation_steps
     known: dict[tuple[int, str], tuple[Stage, ...]] = {}
 
     def stages(batch: int, way: str) -> tuple[Stage, ...]:
         if (batch, way) not in known:
-            known[batch, way] = model.stages(batch, way)
+            known[batch, way] = model.stages(batch, way, -(-wanted // batch))
         return known[batch, way]
 
+    def need(batch: int, way: str) -> int:
+        return max(stage.total for stage in stages(batch, way))
+
     asked = config.train.train_batch_size if request.batch == AUTO else int(request.batch)
-    batch, way = _choose(request, asked, ways, lambda *one: _need(stages(*one)))
-    wanted = config.train.train_batch_size * config.train.gradient_accumulation_steps
-    accumulation = -(-wanted // batch)
+    batch, way = _choose(request, asked, ways, need)
     return TrainingPlan(
         headline=_headline(config, request, batch),
         stages=stages(batch, way),
         limit=request.limit,
         host=0,
-        reasons=_reasons(config, request, (batch, way, accumulation), lambda *one: _need(stages(*one))),
-        notes=(NOTE,),
+        reasons=_reasons(config, request, (batch, way, -(-wanted // batch)), need),
+        notes=(NOTE, CUDA_NOTE if request.device == "cuda" else CPU_NOTE),
         batch=batch,
         checkpointing=way,
-        accumulation=accumulation,
+        accumulation=-(-wanted // batch),
     )
-
-
-def _need(stages: tuple[Stage, ...]) -> int:
-    return max(stage.total for stage in stages)
 
 
 def _ways(config: SanaConfig, request: TrainingRequest) -> tuple[str, ...]:
@@ -184,10 +183,9 @@ def _choose(
         if need(asked, way) <= limit:
             return asked, way
     if request.batch == AUTO:
-        most = {way: greatest(asked - 1, partial(_fits, need, limit, way)) for way in ways}
-        best = max(most.values())
+        best = greatest(asked - 1, lambda batch: need(batch, ways[-1]) <= limit)  # the last one needs least
         if best:
-            return best, next(way for way in ways if most[way] == best)
+            return best, next(way for way in ways if need(best, way) <= limit)
     batch = 1 if request.batch == AUTO else asked
     least = min(ways, key=lambda way: need(batch, way))
     needed = need(batch, least)
@@ -199,10 +197,6 @@ def _choose(
         + ("." if request.batch == AUTO else ", or perhaps with batch auto."),
         needed=needed, allowed=limit, stage="training",
     )  # fmt: skip
-
-
-def _fits(need: Callable[[int, str], int], limit: int, way: str, batch: int) -> bool:
-    return need(batch, way) <= limit
 
 
 def _headline(config: SanaConfig, request: TrainingRequest, batch: int) -> str:
@@ -245,5 +239,49 @@ def _reasons(
     )
 
 
-def _memory_model(config: SanaConfig, device: str) -> TrainingModel:
-    raise NotImplementedError
+class _Predicted:
+    """The numbers of `sana.pipelines.memory.training`, put together as the trainer's step runs.
+
+    Args:
+        config: of the run.
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, config: SanaConfig, device: str) -> None:
+        self._config, self._device = config, device
+
+    @cached_property
+    def _one(self) -> Any:
+        return self._model(1)
+
+    @cached_property
+    def _several(self) -> Any:
+        return self._model(2)
+
+    def _model(self, accumulation: int) -> Any:
+        from sana.pipelines.memory.training import TrainingMemory
+
+        config = replace(self._config, train=replace(self._config.train, gradient_accumulation_steps=accumulation))
+        return TrainingMemory(config, device=self._device)
+
+    def stages(self, batch: int, checkpointing: str, accumulation: int) -> tuple[Stage, ...]:
+        """See `TrainingModel`."""
+        model = self._one if accumulation == 1 else self._several
+        states, gradients = model.states(), model.gradients()
+        held = {
+            "weights": states.weights,
+            "optimizer": states.optimizer,
+            "moving average": states.ema,
+            "autoencoder": states.autoencoder,
+            "text encoder": states.text_encoder,
+        }
+        held = {name: amount for name, amount in held.items() if amount}
+        late = held | {"gradients": gradients}  # encoders meet them from the second micro-batch on
+        early = held if accumulation == 1 else late
+        images, texts = model.encode_images(batch), model.encode_texts(batch)
+        return (
+            *((Stage("encoding images", early, images),) if images else ()),
+            *((Stage("encoding texts", early, texts),) if texts else ()),
+            Stage("forward, backward", late, max(0, model.forward_backward(batch, checkpointing) - gradients)),
+            Stage("optimizer step", late, max(0, model.optimizer_step() - gradients)),
+        )

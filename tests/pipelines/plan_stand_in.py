@@ -32,20 +32,11 @@ class StandIn:
 
     def weights(self, network: str) -> NetworkWeights:
         self.asked.append(("weights", network))
-        return self._counted(network)
-
-    def _counted(self, network: str) -> NetworkWeights:
         scheme = {"transformer": self.quantization, "text_encoder": self.text_quantization}.get(network)
         total, packed, unit, rest, units = (int(one) for one in WEIGHTS[network])
         share = SHARE[scheme]
-        return NetworkWeights(int(total * share) * M, packed * M, int(unit * share) * M, int(rest * share) * M, units)
-
-    def held(self, network: str, offload: str) -> int:
-        self.asked.append(("held", network, offload))
-        found = self._counted(network)
-        if offload == "model":
-            return found.total
-        return found.rest + found.unit * {"group": 2, "sequential": 1}[offload]
+        unit, rest = int(unit * share) * M, int(rest * share) * M
+        return NetworkWeights(int(total * share) * M, packed * M, unit, rest, units, pair=2 * unit)
 
     def encode_text(self, prompts: int, *, null: bool = True) -> int:
         self.asked.append(("encode_text", prompts, null))
@@ -66,16 +57,15 @@ class Maker:
     """Makes stand-ins and keeps them.
 
     Attributes:
-        made: (quantization, text_quantization, packing) -> stand-in.
+        made: (quantization, text_quantization) -> stand-in.
     """
 
     def __init__(self) -> None:
-        self.made: dict[tuple[str | None, str | None, bool], StandIn] = {}
+        self.made: dict[tuple[str | None, str | None], StandIn] = {}
 
-    def __call__(self, quantization: str | None, text_quantization: str | None, packing: bool) -> StandIn:
-        key = quantization, text_quantization, packing
-        assert key not in self.made, "a model is made once"
-        return self.made.setdefault(key, StandIn(quantization, text_quantization))
+    def __call__(self, quantization: str | None, text_quantization: str | None) -> StandIn:
+        assert (quantization, text_quantization) not in self.made, "a model is made once"
+        return self.made.setdefault((quantization, text_quantization), StandIn(quantization, text_quantization))
 
     @property
     def asked(self) -> list[tuple[Any, ...]]:

@@ -1,14 +1,20 @@
 """What every stage holds under given settings, by hand and against the memory model's own run of a batch."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from sana.config import SanaConfig
+from sana.models.layers.residency import Mover, slots_below
+from sana.models.layers.schedule import Residency
 from sana.pipelines import loading
 from sana.pipelines.memory.stages import MemoryModel
+from sana.pipelines.offload_units import units_of
 from sana.pipelines.options import BUNDLED_MODEL
 from sana.pipelines.plan_request import PlanRequest, make_job
-from sana.pipelines.plan_stages import DECODE, DENOISE, TEXT, Estimator, Settings, Stage, make_tiling
+from sana.pipelines.plan_stages import DECODE, DENOISE, TEXT, Estimator, Settings, Stage, kept_by_offload, make_tiling
+from sana.pipelines.sana_pipeline import SanaPipeline
 from tests.pipelines.plan_stand_in import M, Maker, large_config
 
 TEXT_ENCODER, TRANSFORMER, AUTOENCODER = "text_encoder", "transformer", "autoencoder"
@@ -67,7 +73,7 @@ def test_numbers_are_computed_once():
     for offload in ("none", "model", "none"):
         estimate.all_stages(Settings(offload=offload))
     estimate.all_stages(Settings(quantization="int8"))
-    asked = [one for one in maker.asked if one[0] not in ("weights", "held")]
+    asked = [one for one in maker.asked if one[0] != "weights"]
     assert [one[0] for one in asked] == ["encode_text", "denoise", "decode", "denoise"]
 
 
@@ -97,3 +103,55 @@ def test_pictures_decoded_one_by_one_need_what_the_memory_model_finds_for_the_ba
     whole = model.decode(256, 192, batch, tiling=None if tile is None else make_tiling(tile))
     assert abs(ours - whole) <= 0.02 * whole
     assert ours > estimate.peak(DECODE, Settings(batch=1, tile=tile))
+
+
+class Counted(Mover):
+    """Brings copies that stay on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), pin=False)
+
+    def fetch(self, home: torch.Tensor) -> torch.Tensor:
+        return home.clone()
+
+
+def run(pipeline: SanaPipeline, name: str) -> None:
+    """One use of a network."""
+    network: Any = getattr(pipeline, name)
+    if name == "text_encoder":
+        network.encode(["a cat"], chi=True, trim=True)
+    elif name == "autoencoder":
+        network.decode(torch.zeros(1, network.latent_channels, 2, 2))
+        network.encode(torch.zeros(1, 3, 64, 64))
+    else:
+        channels, width = pipeline.config.vae.vae_latent_dim, pipeline.config.text_encoder.caption_channels
+        latents, text = torch.zeros(1, channels, 2, 2), torch.zeros(1, 1, 5, width)
+        network(latents, torch.zeros(1), text, mask=torch.ones(1, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("offload", ["sequential", "group"])
+@pytest.mark.parametrize("name", [TEXT_ENCODER, TRANSFORMER, AUTOENCODER])
+def test_a_running_network_holds_what_is_planned(pipeline: SanaPipeline, name: str, offload: str):
+    """Counts the copies that the pipeline's own offload makes of the weights while a network runs."""
+    network: Any = getattr(pipeline, name)
+    model = MemoryModel(pipeline.config, device="cpu", dtype=torch.float32)
+    residency = Residency(network, units_of(name, network))
+    residency.offload(Counted(), group=1, prefetch=offload == "group")
+    most = 0
+
+    def look(*_: object) -> None:
+        nonlocal most
+        most = max(most, sum(slot.home.nbytes for slot in slots_below(network) if slot.resident))
+
+    watched = list((network.model if name == TEXT_ENCODER else network).modules())
+    handles = [module.register_forward_pre_hook(look) for module in watched]
+    handles += [module.register_forward_hook(look) for module in watched]
+    try:
+        with torch.no_grad(), residency.use():
+            run(pipeline, name)
+    finally:
+        residency.offload(None)
+        residency.close()
+        for handle in handles:
+            handle.remove()
+    assert most == kept_by_offload(model.weights(name), offload)

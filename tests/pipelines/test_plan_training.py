@@ -1,14 +1,16 @@
 """Batch size and recomputation of a training run, against hand arithmetic."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sana.config import SanaConfig
+from sana.config import SanaConfig, load_config
 from sana.pipelines.plan_search import MemoryLimitError
 from sana.pipelines.plan_stages import Stage
 from sana.pipelines.plan_training import TrainingPlan, TrainingRequest, make_training_plan
 
+ROOT = Path(__file__).parents[2]
 G = 10**9
 ACTIVATIONS = {"none": 3.0, "ffn": 2.0, "blocks": 0.5}  # G bytes an image
 
@@ -17,10 +19,10 @@ class StandIn:
     """10 G of states, and activations that are linear in the batch; encoding takes 4 G above the states."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, str]] = []
+        self.asked: list[tuple[int, str, int]] = []
 
-    def stages(self, batch: int, checkpointing: str) -> tuple[Stage, ...]:
-        self.asked.append((batch, checkpointing))
+    def stages(self, batch: int, checkpointing: str, accumulation: int) -> tuple[Stage, ...]:
+        self.asked.append((batch, checkpointing, accumulation))
         held = {"weights": 3 * G, "optimiser": 6 * G, "encoders": 1 * G}
         return (
             Stage("encoding", held, 4 * G),
@@ -128,3 +130,42 @@ def test_text_and_json_show_the_stages():
 def test_a_request_is_checked_at_once(options: dict[str, Any], told: str):
     with pytest.raises(ValueError, match=told):
         TrainingRequest(**options)
+
+
+def official() -> SanaConfig:
+    return load_config(ROOT / "configs/sana_config/512ms/Sana_600M_img512.yaml")
+
+
+def test_states_of_the_released_recipe_are_those_of_its_parameters():
+    """0.6 billion parameters in float32: weights, gradients and an average are each 4 bytes of every one."""
+    found = official()
+    found.train.optimizer = {"type": "AdamW", "lr": 1e-4}
+    found.train.ema_update = True
+    plan = make_training_plan(found, TrainingRequest(batch=2, checkpointing="blocks"))
+    held = plan.decisive.held
+    assert 0.58e9 < held["weights"] / 4 < 0.62e9
+    assert held["gradients"] == pytest.approx(held["weights"], rel=0.01)
+    assert held["optimizer"] == pytest.approx(2 * held["weights"], rel=0.01)
+    assert held["moving average"] == pytest.approx(held["weights"], rel=0.01)
+    assert held["autoencoder"] > 10**9
+    assert held["text encoder"] > 5 * 10**9
+
+
+def test_cached_features_need_no_encoders():
+    found = official()
+    found.data.load_vae_feat = found.data.load_text_feat = True
+    found.train.visualize = False
+    plan = make_training_plan(found, TrainingRequest(batch=1))
+    assert [stage.name for stage in plan.stages] == ["forward, backward", "optimizer step"]
+    assert not {"autoencoder", "text encoder"} & set(plan.stages[0].held)
+
+
+def test_fewer_images_fit_where_more_do_not():
+    found = load_config(ROOT / "configs/sana_config/tiny/Sana_tiny_img256.yaml")
+    found.train.train_batch_size, found.train.gradient_accumulation_steps = 7, 2
+    free = make_training_plan(found, TrainingRequest(batch=6, checkpointing="none"))
+    plan = make_training_plan(found, TrainingRequest(max_vram=free.peak, checkpointing="none"))
+    assert (plan.batch, plan.accumulation) == (6, 3)
+    plan = make_training_plan(found, TrainingRequest(max_vram=free.peak - 1, checkpointing="none"))
+    assert (plan.batch, plan.accumulation) == (5, 3), "a byte less"
+    assert make_training_plan(found, TrainingRequest(batch=6, max_vram=free.peak - 1)).checkpointing != "none"
