@@ -120,6 +120,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     more: dict[str, Any] = {}
     if name == "completion":
         more["parsers"] = {one: parser_of(one) for one in COMMANDS}
+        more["helps"] = {one: command.help for one, command in COMMANDS.items()}
     return int(import_module(COMMANDS[name].module).main(list(arguments), prog=f"sana {name}", **more))
 
 

@@ -37,17 +37,18 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     parsers: Mapping[str, argparse.ArgumentParser],
+    helps: Mapping[str, str],
     prog: str | None = None,
     description: str | None = None,
 ) -> int:
     """Prints the script for these commands ("data check" is two words); returns the exit code."""
     shell = build_parser(prog, description).parse_args(argv).shell
     write = {"bash": bash, "zsh": zsh, "fish": fish}[shell]
-    print(write(table(parsers)), end="")
+    print(write(table(parsers, helps)), end="")
     return 0
 
 
-def table(parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, list[Word]]:
+def table(parsers: Mapping[str, argparse.ArgumentParser], helps: Mapping[str, str]) -> dict[str, list[Word]]:
     """Returns what may follow "", "data", "data check", ...: names of commands, and options of whole commands."""
     follows: dict[str, list[Word]] = {"": [Word("--help", "show help"), Word("--version", "show the version")]}
     for name, parser in parsers.items():
@@ -56,7 +57,8 @@ def table(parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, list[Word
             known = follows.setdefault(" ".join(words[:depth]), [])
             if word not in [one.text for one in known]:
                 whole = depth == len(words) - 1
-                known.append(Word(word, first_sentence(parser.description) if whole else f"sana {word} --help"))
+                of_group = [other.removeprefix(f"{word} ") for other in parsers if other.startswith(f"{word} ")]
+                known.append(Word(word, helps[name] if whole else ", ".join(of_group)))
         follows[name] = options(parser)
     return follows
 
@@ -72,9 +74,14 @@ def options(parser: argparse.ArgumentParser) -> list[Word]:
     return found
 
 
-def first_sentence(text: str | None) -> str:
-    """Returns the first sentence of a description, without its full stop."""
-    return " ".join((text or "").split("\n\n")[0].split()).partition(". ")[0].partition("; ")[0].rstrip(".")
+def groups_of(follows: Mapping[str, Sequence[Word]]) -> str:
+    """Returns the first words of commands of two words."""
+    return " ".join(sorted({name.split(" ")[0] for name in follows if " " in name}))
+
+
+def plain_of(follows: Mapping[str, Sequence[Word]]) -> str:
+    """Returns "|name|name|" of what is followed by words without dashes, in which "" is `sana` itself."""
+    return "|" + "".join(f"{name}|" for name, words in follows.items() if any(w.text[0] != "-" for w in words))
 
 
 def bash(follows: Mapping[str, Sequence[Word]]) -> str:
@@ -86,7 +93,7 @@ def bash(follows: Mapping[str, Sequence[Word]]) -> str:
         for word in words
         if word.values
     )
-    groups = " ".join(sorted({name.split(" ")[0] for name in follows if " " in name}))
+    groups, plain = groups_of(follows), plain_of(follows)
     return f"""# bash completion of sana; made by: sana completion bash
 _sana() {{
   local line=${{COMP_LINE:0:COMP_POINT}} current="" previous="" name="" words="" values=""
@@ -112,7 +119,7 @@ _sana() {{
   COMPREPLY=()
   if [ -n "$values" ]; then
     COMPREPLY=($(compgen -W "$values" -- "$current"))
-  elif [ -n "$words" ] && {{ [ -z "$name" ] || [[ "$current" == -* ]] || [[ " {groups} " == *" $name "* ]]; }}; then
+  elif [ -n "$words" ] && {{ [[ "$current" == -* ]] || [[ "{plain}" == *"|$name|"* ]]; }}; then
     COMPREPLY=($(compgen -W "$words" -- "$current"))
   else
     COMPREPLY=($(compgen -f -- "$current"))
@@ -134,7 +141,7 @@ def zsh(follows: Mapping[str, Sequence[Word]]) -> str:
         for word in words
         if word.values
     )
-    groups = " ".join(sorted({name.split(" ")[0] for name in follows if " " in name}))
+    groups, plain = groups_of(follows), plain_of(follows)
     return f"""#compdef sana
 # zsh completion of sana; made by: sana completion zsh
 _sana() {{
@@ -151,8 +158,8 @@ _sana() {{
   esac
   if (( ${{#values_of}} )); then
     compadd -a values_of
-  elif (( ${{#words_of}} )) && {{ [[ -z "$name" || "$current" == -* || " {groups} " == *" $name "* ]] }}; then
-    _describe -o sana words_of
+  elif (( ${{#words_of}} )) && {{ [[ "$current" == -* || "{plain}" == *"|$name|"* ]] }}; then
+    _describe sana words_of
   else
     _files
   fi

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sana.commands.inference import add_options
-from sana.commands.parsing import flag, only_given, parse_with_overrides
+from sana.commands.parsing import only_given, parse_with_overrides
 
 OF_PROMPTS = ("negative_prompt", "height", "width", "number")
 COMMAND_LINE = "the command line"  # stands for the prompt file in messages
@@ -28,10 +28,11 @@ COMMAND_LINE = "the command line"  # stands for the prompt file in messages
 def build_parser(prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
     """Returns the parser; an option that was not given is absent from its result."""
     parser = only_given(prog, description or __doc__)
+    parser.usage = "%(prog)s [PROMPT ...] [options] [--section.key=value ...]"
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="in quotes; may end in --ar 1:2 or --hw 512:1024 (height:width)")
     add("-o", "--output", metavar="PATH", help="a .png for one picture, else a folder, as --work_dir")
-    add("--json", **flag(), help="print one JSON document: pictures, their recipes, folder, index")
+    add("--json", action="store_true", help="print one JSON document: pictures with recipes, folders, index sheets")
     group = parser.add_argument_group("of prompts on the command line").add_argument
     group("-n", "--number", type=int, help="pictures of each prompt, with seeds that follow one another (default: 1)")
     group("--negative_prompt", help="what guidance leads away from")
@@ -95,7 +96,9 @@ def generate(given: dict[str, Any], overrides: Sequence[str]) -> None:
             raise ValueError(known) from error
     pictures = [picture for entry in entries for picture in entry["pictures"]]
     if given.get("json"):
-        print(json.dumps({"pictures": pictures, "runs": entries}, indent=2, ensure_ascii=False))
+        indexes = [entry["index"] for entry in entries if entry["index"]]
+        content = {"pictures": pictures, "folders": [entry["folder"] for entry in entries], "indexes": indexes}
+        print(json.dumps(content, indent=2, ensure_ascii=False))
         return
     for path in [picture["path"] for picture in pictures] or [entry["folder"] for entry in entries]:
         print(path)
@@ -129,6 +132,7 @@ def run(given: dict[str, Any], overrides: Sequence[str], scratch: Path) -> list[
         if single and target is not None and (report.made or report.skipped):
             move(report.made[0], target)
             report.made[0], report.index, report.folder = target, None, target.parent
+            logger.info("that picture is now %s", target)
         kept = report.folder.is_dir()  # not where the pictures were packed into a .tar
         found = [(path, False) for path in report.skipped] + [(path, True) for path in report.made]
         pictures = [

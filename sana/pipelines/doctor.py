@@ -7,6 +7,7 @@ it can speak where one is missing or broken.
 import importlib
 import importlib.metadata
 import platform
+import shutil
 import sys
 import time
 import tomllib
@@ -34,6 +35,7 @@ EXTRAS = {  # what an optional extra is for
     "plot": "plots of runs and benchmarks",
     "diffusers": "diffusers' own autoencoders, comparisons",
 }
+GIB = 2**30
 CHECK_STEPS, CHECK_SIDE = 2, 64  # of the picture that the self-check makes
 
 
@@ -113,7 +115,7 @@ def guarded(part: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     try:
         return list(check())
     except IMPORT_ERRORS as error:
-        return [Finding(part, "check", BROKEN, f"cannot be looked at: {one_line(error)}", "pip install -e .")]
+        return [Finding(part, "check", BROKEN, f"cannot be looked at: {one_line(error)}")]
 
 
 @dataclass(frozen=True)
@@ -286,12 +288,23 @@ def check_hub() -> Iterator[Finding]:
 
 def check_disk() -> Iterator[Finding]:
     """Free space where weights are kept and pictures go."""
-    from sana.pipelines.doctor_machine import amount, free_bytes
     from sana.utils.hub import hub_settings
 
     for name, folder in (("weights", Path(str(hub_settings()["cache"]))), ("pictures", Path.cwd())):
         free = free_bytes(folder)
         yield Finding("disk", name, OK, f"{amount(free)} free at {folder}", None, {"path": str(folder), "free": free})
+
+
+def amount(size: int) -> str:
+    """Returns bytes in words."""
+    return f"{size / GIB:.1f} GiB"
+
+
+def free_bytes(folder: Path) -> int:
+    """Returns the free space of the disk that a folder is on, or would be on."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def one_line(error: BaseException) -> str:

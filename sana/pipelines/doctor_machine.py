@@ -11,22 +11,9 @@ import torch
 from sana.models.quantization.kernels import require
 from sana.models.quantization.schemes import SCHEMES
 from sana.ops import backend, packing
-from sana.pipelines.doctor import ABSENT, OK, Finding, one_line
+from sana.pipelines.doctor import ABSENT, OK, Finding, amount, one_line
 
 ONEDNN = ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight")
-GIB = 2**30
-
-
-def amount(size: int) -> str:
-    """Returns bytes in words."""
-    return f"{size / GIB:.1f} GiB"
-
-
-def free_bytes(folder: Path) -> int:
-    """Returns the free space of the disk that a folder is on, or would be on."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def check_devices() -> Iterator[Finding]:

@@ -225,3 +225,13 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
     (result,) = ask(closed, tmp_path, {"ref": f"hf://owner/model@{COMMIT}/config.json"})
     assert f"{closed.url} could not be reached" in result["error"]
     assert "\n" not in result["error"]
+
+
+def test_settings_are_those_of_the_client_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_something")
+    settings = hub.hub_settings()
+    assert (settings["cache"], settings["offline"], settings["token"]) == (constants.HF_HUB_CACHE, True, True)
+    assert "hf_something" not in str(settings)
