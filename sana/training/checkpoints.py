@@ -291,7 +291,7 @@ def check_writable(folder: str | Path) -> None:
 
 def _seal(root: Path, paths: Any) -> dict[str, tuple[int, int]]:
     """Brings files, and the names in their folders, to the disk; returns their sizes and CRC-32."""
-    sealed, folders = {}, {root}
+    sealed, folders = {}, {Path()}  # relative to the root
     for path in paths:
         sync_file(path)
         sealed[path.relative_to(root).as_posix()] = checksum(path)

@@ -53,6 +53,18 @@ def test_round_trip_and_what_lies_there(tmp_path):
     assert load_file(path / "model.safetensors")["x"].tolist() == [1, 1, 1]
 
 
+def test_a_relative_folder(tmp_path, monkeypatch):
+    """As in `--work_dir=output/run`."""
+    monkeypatch.chdir(tmp_path)
+    store = Checkpoints("run/checkpoints")
+    store.save(3, shared={"value": value(3)}, export=lambda folder: (folder / "inner").mkdir())
+    store.save(4)
+    assert [latest_checkpoint(tmp_path / "run/checkpoints").name, store.folder.is_absolute()] == [
+        "step_00000004",
+        False,
+    ]
+
+
 def test_an_empty_checkpoint_and_the_same_step_again(tmp_path):
     store = Checkpoints(tmp_path)
     store.save(1)
