@@ -29,6 +29,7 @@ from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.utils.dtype import parse_dtype
 
 STAGES = {"text": "text_encoder", "denoise": "transformer", "decode": "autoencoder", "encode": "autoencoder"}
+WHOLE = "picture"  # all stages of one call, all networks in memory
 PARTS = {"text": "text_encoder", "denoise": "transformer", "decode": "decoder", "encode": "encoder"}
 STEPS = 2  # of sampling: the second holds what every later one holds
 
@@ -134,7 +135,9 @@ class Measurement:
         self.model = MemoryModel(self.config, device=args.device, dtype=self.dtype, **schemes)
 
     def row(self, stage: str) -> Row:
-        """Predicts and measures one stage."""
+        """Predicts and measures one stage, or a whole picture."""
+        if stage == WHOLE:
+            return self._whole()
         args, name = self.args, STAGES[stage]
         weights = self.model.weights(name)
         predicted = getattr(self, f"predict_{stage}")()
@@ -145,6 +148,24 @@ class Measurement:
         return Row(
             args.model, stage, name, *size, weights.total + self.model.packed(PARTS[stage]), predicted, held, peak
         )
+
+    def _whole(self) -> Row:
+        args, weights = self.args, [self.model.weights(name) for name in networks.NETWORKS]
+        held = sum(one.total for one in weights)
+        predicted = self.model.picture(args.height, args.width, args.batch, tiling=self.tiling, steps=STEPS)
+        parts = {
+            name: zeros_for(name, self.config, self.dtype, args.device, self.model.schemes.get(name))
+            for name in networks.NETWORKS
+        }
+        stored = sum(stored_bytes(network) for network in parts.values())
+        self._tile(parts["autoencoder"])
+        pipeline = self._pipeline(**parts | {"text_encoder": self._encoder(parts["text_encoder"])})
+        options = {"height": args.height, "width": args.width, "num_inference_steps": STEPS, "progress_bar": False}
+        peak = measured_peak(
+            lambda: pipeline(self._prompts(), output_type="pt", use_resolution_binning=False, **options), args.device
+        )
+        size = (args.height, args.width, args.batch, args.dtype, args.device)
+        return Row(args.model, WHOLE, "all", *size, held, predicted - held, stored, peak)
 
     def predict_text(self) -> int:
         return self.model.encode_text(self.args.batch)
@@ -159,13 +180,7 @@ class Measurement:
         return self.model.encode(self.args.height, self.args.width, self.args.batch, tiling=self.tiling)
 
     def run_text(self, network: Any) -> Callable[[], Any]:
-        text = self.config.text_encoder
-        kind = self._kind(network)
-        name = Path(text.text_encoder_name)
-        tokenizer = _load_tokenizer(_split_folder(name)[1]) if name.is_dir() else StandInTokenizer()
-        encoder = kind(network, tokenizer, model_max_length=text.model_max_length, chi_prompt=text.chi_prompt)
-        prompts = [f"{index} " + "a red cat, " * text.model_max_length for index in range(self.args.batch)]
-        pipeline = self._pipeline(text_encoder=encoder)
+        prompts, pipeline = self._prompts(), self._pipeline(text_encoder=self._encoder(network))
 
         def run() -> Any:
             return pipeline.encode_prompts(prompts, trim=True), pipeline.encode_prompts([""], null=True)
@@ -223,11 +238,18 @@ class Measurement:
             setattr(pipeline, name, part)
         return pipeline
 
-    @staticmethod
-    def _kind(network: Any) -> type[TextEncoder]:
-        from sana.models import TEXT_ENCODERS
+    def _encoder(self, network: Any) -> TextEncoder:
+        from sana.models.text_encoder.architectures import encoder_class
 
-        return TEXT_ENCODERS[network.config.model_type]
+        text, name = self.config.text_encoder, Path(self.config.text_encoder.text_encoder_name)
+        tokenizer = _load_tokenizer(_split_folder(name)[1]) if name.is_dir() else StandInTokenizer()
+        options = {"model_max_length": text.model_max_length, "chi_prompt": text.chi_prompt}
+        return encoder_class(text.text_encoder_name)(network, tokenizer, **options)
+
+    def _prompts(self) -> list[str]:
+        """Different texts, all longer than the model reads."""
+        longest = self.config.text_encoder.model_max_length
+        return [f"{index} " + "a red cat, " * longest for index in range(self.args.batch)]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -255,7 +277,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_quantization", help="scheme of the text encoder")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tile", type=int, help="side of the autoencoder's tiles in pixels; whole pictures without")
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--stages", nargs="+", default=[*STAGES, WHOLE], choices=[*STAGES, WHOLE])
     parser.add_argument("--json", type=Path, help="write the rows there")
     return parser.parse_args(argv)
 

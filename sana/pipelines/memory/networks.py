@@ -3,7 +3,10 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,19 +16,16 @@ from sana.config import ConfigError, SanaConfig
 from sana.models import build_transformer
 from sana.models.autoencoder.base import Autoencoder
 from sana.models.autoencoder.dc_ae import DCAE, DCAE_PRESETS
+from sana.models.autoencoder.dc_ae_resample import InterpolateUpsample
 from sana.models.autoencoder.loading import CONFIG_FILE, parse_config
 from sana.models.layers.linear import Linear
 from sana.models.metadata import fp16_lineage
+from sana.pipelines.offload_units import units_of
 from sana.utils.dtype import parse_dtype
 
 NETWORKS = ("text_encoder", "transformer", "autoencoder")
 PACKED_DTYPES = (torch.float32, torch.bfloat16)  # see `sana.ops.packing.packable`
 DEPTHWISE = ("mlp.depth_conv.conv", "local_module.main.depth_conv.conv")  # what `mix_ffn_cpu` packs besides products
-UNITS = {  # lists of what is moved at a time, see `sana.pipelines.offload_units`
-    "text_encoder": ("layers", "encoder.block"),
-    "transformer": ("blocks", "controlnet"),
-    "autoencoder": ("encoder.stages", "decoder.stages"),
-}
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class NetworkWeights:
     Attributes:
         total: weights as they are held, quantised where they are.
         packed: the CPU's own copies of weights, made at the first use; of the autoencoder, those of its decoder.
-        unit: the largest unit that is moved at a time: a block, a layer of a text encoder, a stage of the autoencoder.
-        rest: what belongs to no unit.
+        unit: the largest unit that offload moves at a time, see `sana.pipelines.offload_units`: a block, a layer or the
+            embedding of a text encoder, a stage of the autoencoder.
+        rest: what stays on the device while the network is in use.
         units: number of units.
+        pair: the largest two units that follow one another, which group offload holds together.
     """
 
     total: int
@@ -45,6 +47,7 @@ class NetworkWeights:
     unit: int = 0
     rest: int = 0
     units: int = 0
+    pair: int = 0
 
 
 def empty_transformer(config: SanaConfig) -> nn.Module:
@@ -163,6 +166,13 @@ def use_empty_tables(transformer: Any) -> None:
     transformer.position_embedding, transformer.rotary = position_embedding, rotary
 
 
+def keep_folded(autoencoder: nn.Module) -> None:
+    """Makes an autoencoder without weights keep the kernels that it folds, as one with weights does."""
+    for module in autoencoder.modules():
+        if isinstance(module, InterpolateUpsample):
+            module._kernels = cache(module._kernels)  # type: ignore[method-assign]
+
+
 def named_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer once."""
     yield from network.named_parameters()
@@ -178,24 +188,21 @@ def weights_of(network: str, module: nn.Module, *, block: int, packed: int) -> N
         block: every tensor is rounded up to a multiple of so many bytes.
         packed: bytes of the CPU's copies.
     """
-    inside = dict(module.named_modules())
-    prefixes = tuple(
-        f"{name}.{index}."
-        for name in UNITS[network]
-        if isinstance(inside.get(name), nn.ModuleList)
-        for index, _ in inside[name].named_children()
-    )
-    units = dict.fromkeys(prefixes, 0)
+    cut = units_of(network, SimpleNamespace(model=module) if network == "text_encoder" else module)
+    owners = {}
+    for index, unit in enumerate(cut.order):
+        owners |= {id(tensor): index for name, tensor in named_weights(unit) if not name.endswith(cut.rest or ("//",))}
+    units = [0] * len(cut.order)
     total = rest = 0
     for name, tensor in named_weights(module):
         size = -(-tensor.nbytes // block) * block
         total += size
-        owner = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if owner is None:
+        if id(tensor) in owners:
+            units[owners[id(tensor)]] += size
+        elif name not in cut.unread:
             rest += size
-        else:
-            units[owner] += size
-    return NetworkWeights(total, packed, max(units.values(), default=0), rest, len(units))
+    pairs = [one + following for one, following in pairwise([*units, *units[:1]])]
+    return NetworkWeights(total, packed, max(units, default=0), rest, len(units), max(pairs, default=0))
 
 
 def packed_bytes(module: nn.Module, budget: int) -> int:

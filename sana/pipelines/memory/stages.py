@@ -1,6 +1,5 @@
 """`MemoryModel`: the peak of every stage of a picture, found by running our own code on tensors without storage."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sana.config import SanaConfig
+from sana.config import ConfigError, SanaConfig
 from sana.diffusion import SAMPLERS
 from sana.diffusion.guidance import Guidance, guide
 from sana.models.text_encoder.base import PromptEmbeds
@@ -104,19 +103,7 @@ class MemoryModel:
             null: whether the null caption is encoded too.
             tokens: of every prompt, the instruction not counted; None: `model_max_length`.
         """
-        from sana.models.text_encoder.architectures import encoder_class, instruction_tokens
-
-        text = self.config.text_encoder
-        name, limit = text.text_encoder_name, text.model_max_length
-        lengths = Lengths(instruction_tokens(name, text.chi_prompt), self._tokens(tokens), limit)
-        with self._tracked("text_encoder") as (tracker, network), self._mode, tracker:
-            run = TextRun(network, encoder_class(name), lengths, self.device)
-            features = run.encode(prompts)
-            embeds = run.stack(features, prompts)
-            if null:
-                run.stack(run.encode_null(), prompts)
-            del embeds
-        return tracker.peak
+        return self._encode_text(prompts, null, tokens)[0]
 
     def denoise(
         self,
@@ -139,17 +126,25 @@ class MemoryModel:
             pag: whether a perturbed branch is evaluated too.
             tokens: of every prompt; None: `model_max_length`.
             steps: whose modulation is prepared; None: the sampler's default number.
+
+        Raises:
+            ConfigError: the network is a ControlNet.
+            ValueError: a size or a number is out of range.
         """
         name = self.config.scheduler.vis_sampler
         sampler, length = SAMPLERS[name], self._tokens(tokens)
         shape = (batch, self.config.vae.vae_latent_dim, *self._latent_size(height, width))
         with self._tracked("transformer") as (tracker, network):
+            if "control_signal" in network._info_keys:
+                raise ConfigError(
+                    f"Pictures of the ControlNet model.model {self.config.model.model!r} are not predicted."
+                )
             with self._mode, tracker:
                 noise = torch.empty(shape, device=self.device)
                 prompt = self._embeds(batch, length)
                 null = self._embeds(batch, self._tokens(None)) if guidance else None
             if sampler.prediction == "trigflow":
-                self._sprint(tracker, network, sampler, prompt, noise)
+                self._sprint(tracker, network, prompt, noise)
             else:
                 self._flow(tracker, network, name, noise, prompt, null, pag=pag, steps=steps)
         return tracker.peak
@@ -181,6 +176,51 @@ class MemoryModel:
             autoencoder.encode(images)
         return tracker.peak
 
+    def picture(
+        self,
+        height: int,
+        width: int,
+        batch: int,
+        *,
+        guidance: bool = True,
+        pag: bool = False,
+        tiling: "Tiling | None" = None,
+        tokens: int | None = None,
+        steps: int | None = None,
+    ) -> int:
+        """Returns the peak of a call for as many prompts as pictures, all networks in memory, their weights included.
+
+        Args:
+            height, width, batch, tiling: see `decode`.
+            guidance, pag, tokens, steps: see `denoise`.
+        """
+        text, kept = self._encode_text(batch, guidance, tokens)
+        held = sum(self.weights(network).total for network in networks.NETWORKS)
+        found = [held + text]
+        held += kept + self.weights("transformer").packed
+        options: Any = {"guidance": guidance, "pag": pag, "tokens": tokens, "steps": steps}
+        found.append(held + self.denoise(height, width, batch, **options))
+        held += self.weights("autoencoder").packed
+        found.append(held + self.decode(height, width, batch, tiling=tiling))
+        return max(found)
+
+    def _encode_text(self, prompts: int, null: bool, tokens: int | None) -> tuple[int, int]:
+        """The peak of encoding texts, and what the pipeline remembers of them."""
+        from sana.models.text_encoder.architectures import encoder_class, instruction_tokens
+
+        text = self.config.text_encoder
+        name, limit = text.text_encoder_name, text.model_max_length
+        lengths = Lengths(instruction_tokens(name, text.chi_prompt), self._tokens(tokens), limit)
+        with self._tracked("text_encoder") as (tracker, network), self._mode, tracker:
+            run = TextRun(network, encoder_class(name), lengths, self.device)
+            features = run.encode(prompts)
+            embeds = run.stack(features, prompts)
+            if null:
+                features += run.encode_null()
+                run.stack(features[-1:], prompts)
+            del embeds
+            return tracker.peak, tracker.live
+
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         factor = self.config.vae.vae_downsample_rate
         if height % factor or width % factor or min(height, width) < factor:
@@ -207,6 +247,8 @@ class MemoryModel:
             networks.give_storage(module, networks.network_dtype(network, self.config, self.dtype), self.device)
         if network == "transformer":
             networks.use_empty_tables(module)
+        if network == "autoencoder":
+            networks.keep_folded(module)
         return module
 
     @contextmanager
@@ -216,7 +258,6 @@ class MemoryModel:
         tracker = MemoryTracker(block=self._block, extra=cpu_kernels if self.device == "cpu" else None)
         tracker.ignore(tensor for _, tensor in networks.named_weights(network))
         with ExitStack() as stack:
-            stack.enter_context(quiet())
             if self.device == "cuda":
                 stack.enter_context(FusedAttention())
             stack.enter_context(torch.no_grad())
@@ -254,23 +295,14 @@ class MemoryModel:
         velocity = guide(branches, Guidance(kind, scale, 2.0))
         sampler.sample(velocity, noise, sampler.times(STEPS_RUN))
 
-    def _sprint(self, tracker: MemoryTracker, network: Any, sampler: Any, prompt: PromptEmbeds, noise: Tensor) -> None:
+    def _sprint(self, tracker: MemoryTracker, network: Any, prompt: PromptEmbeds, noise: Tensor) -> None:
+        """Two steps of a distilled model: each of fresh noise and what the one before it found."""
+        angle = torch.tensor(1.0)
         with self._mode, tracker:
             denoiser = SprintDenoiser(network, prompt, guidance_scale=4.5, dtype=self.dtype)
-
-        def model(latents: Tensor, angle: Tensor) -> Tensor:
-            with self._mode, tracker:
-                return denoiser(latents, torch.full((), float(angle)))
-
-        sampler.sample(model, noise, sampler.times(2), sigma_data=self.config.scheduler.sigma_data)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Leaves out a warning about tensors without storage whose address is read, here as an identity only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        yield
+            latents = noise
+            for _ in range(2):
+                latents = torch.randn_like(noise) + denoiser(latents, angle)
 
 
 @cache

@@ -59,8 +59,11 @@ class MemoryTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._inside:  # what a fake operation does to find its shapes
             return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default and is_fake(args[0]) and args[0].dtype == torch.bool:
-            return True
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if not is_fake(args[0]):
+                return read(args[0])
+            if args[0].dtype == torch.bool:
+                return True
         self._inside = True
         try:
             result = func(*args, **kwargs)
@@ -88,6 +91,14 @@ class MemoryTracker(TorchDispatchMode):
     def _forget(self, address: int) -> None:
         self.live -= self._sizes.pop(address, 0)
         self._watched.pop(address, None)
+
+
+def read(number: Tensor) -> Any:
+    """Returns the value of a real tensor of one number, also where a fake mode is on."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        return number.item()
 
 
 def is_fake(tensor: Any) -> bool:

@@ -17,7 +17,7 @@ from sana.diffusion.flow import add_noise, flow_loss, training_timesteps
 from sana.models.transformer.mix_ffn import MixFFN
 from sana.pipelines.memory import networks, optimizers
 from sana.pipelines.memory.kernels import cpu_kernels
-from sana.pipelines.memory.stages import DEVICES, quiet
+from sana.pipelines.memory.stages import DEVICES
 from sana.pipelines.memory.texts import Lengths, TextRun
 from sana.pipelines.memory.tracker import CUDA_BLOCK, MemoryTracker
 from sana.utils.dtype import parse_dtype
@@ -215,7 +215,6 @@ class TrainingMemory:
         network: Any = self._trained() if trained else networks.build_empty(name, self.config)
         tracker = MemoryTracker(block=self._block, extra=cpu_kernels if self.device == "cpu" else None)
         with ExitStack() as stack:
-            stack.enter_context(quiet())
             stack.enter_context(self._mode)
             networks.give_storage(network, torch.float32 if trained else self._frozen_dtype(name), "cpu")
             if trained:

@@ -25,9 +25,11 @@ def tiny():
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_the_text_encoder_of_a_yaml_has_its_published_size(dtype, size) -> None:
     weights = MemoryModel(load_config(SMALL), device="cpu", dtype=dtype).weights("text_encoder")
-    assert weights.units == 26
     assert 0 <= weights.total - GEMMA_2_2B * size < 10_000  # tables of angles, a number of normalisation
-    assert weights.rest + 26 * weights.unit == weights.total
+    assert weights.units == 1 + 26
+    assert weights.unit == pytest.approx(256_000 * 2304 * size)  # the embedding
+    layer = weights.pair - weights.unit
+    assert weights.unit + 26 * layer + weights.rest == weights.total
     assert weights.packed == 0
 
 
@@ -55,8 +57,28 @@ def test_blocks_on_cuda_are_whole(tiny) -> None:
 def test_units_and_the_rest_are_the_whole(tiny) -> None:
     for network in networks.NETWORKS:
         weights = MemoryModel(tiny, device="cpu", dtype=torch.bfloat16).weights(network)
-        assert 0 < weights.unit < weights.total
-        assert weights.rest < weights.total <= weights.rest + weights.units * weights.unit
+        assert 0 < weights.unit < weights.pair <= 2 * weights.unit
+        assert weights.pair + weights.rest <= weights.total
+
+
+@pytest.mark.parametrize("network", networks.NETWORKS)
+def test_units_are_those_that_offload_moves(tiny, network) -> None:
+    from types import SimpleNamespace
+
+    from sana.models.layers.schedule import Residency
+    from sana.pipelines.offload_units import units_of
+
+    module = networks.build_empty(network, tiny)
+    networks.give_storage(module, torch.float32, "cpu")
+    module.requires_grad_(False)
+    owner = torch.nn.ModuleDict({"model": module}) if network == "text_encoder" else module
+    real = Residency(owner, units_of(network, SimpleNamespace(model=module) if owner is not module else module))
+    sizes = [sum(slot.home.nbytes for slot in unit) for unit in real.members]
+    weights = MemoryModel(tiny, device="cpu", dtype=torch.float32).weights(network)
+    real_dtype = networks.network_dtype(network, tiny, torch.float32)
+    assert real_dtype == torch.float32
+    assert (weights.unit, weights.units) == (max(sizes), len(sizes))
+    assert weights.rest == sum(slot.home.nbytes for slot in real.rest)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp8"])

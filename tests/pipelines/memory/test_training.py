@@ -16,7 +16,7 @@ FROZEN = "--train.extra.train_text_encoder=false"
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_steps_with_a_text_encoder_that_learns(checkpointing) -> None:
-    assert row(TINY, [], 4, checkpointing).ratio == pytest.approx(1, abs=0.1)
+    assert row(TINY, [], 4, checkpointing).ratio == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_steps_with_a_text_encoder_that_learns(checkpointing) -> None:
     ],
 )
 def test_steps_of_the_transformer_alone(batch, overrides) -> None:
-    assert row(TINY, overrides, batch, "none").ratio == pytest.approx(1, abs=0.1)
+    assert row(TINY, overrides, batch, "none").ratio == pytest.approx(1, abs=0.05)
 
 
 def test_states_are_four_times_the_parameters_with_adamw_and_an_average() -> None:
