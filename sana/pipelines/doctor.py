@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sana
+from sana import __version__
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"  # absent: optional, and not here; broken: needed, and not in order
 DISTRIBUTION = "sana-python"
@@ -79,7 +79,7 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""
         return {
-            "version": sana.__version__,
+            "version": __version__,
             "healthy": self.healthy,
             "fixes": list(self.fixes),
             "findings": [asdict(finding) for finding in self.findings],
