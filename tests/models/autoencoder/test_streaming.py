@@ -347,3 +347,34 @@ def test_weights_that_come_and_go_make_the_same(encodes: bool) -> None:
     assert 0 < mover.peak < 2 * run_at_the_image
     assert not any(slot.resident for slot in slots_below(model))
     residency.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encodes", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_on_a_gpu_tiles_make_the_same_with_less_memory(encodes: bool, layout: torch.memory_format) -> None:
+    model = network("f32c32 of Sana").cuda().to(memory_format=layout)
+    x, tiling = random_input(model, 2, 32, 48, encodes=encodes).cuda(), Tiling(256, 256, 256, 256)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert_exact(*both(model, x, tiling, encodes=encodes), rms=1e-5, most=1e-4)
+    peaks = []
+    for chosen in (None, tiling):
+        model.tiling, model._tiles_large = chosen, False
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            (model.encode if encodes else model.decode)(x)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < peaks[0] / 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_pieces_are_compiled() -> None:
+    model = network("f32c32 of Sana").cuda()
+    latents = torch.randn(1, 8, 5, 7, device="cuda")
+    _, expected = both(model, latents, Tiling(32, 32, 64, 64), encodes=False)
+    model.prepare_for_decoding(torch.bfloat16, compile=True)
+    model.tiling = Tiling(32, 32, 64, 64)
+    with torch.inference_mode():
+        actual = model.decode(latents).float()
+    assert_exact(actual, expected, rms=5e-2, most=1e-1)
