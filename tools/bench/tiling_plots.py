@@ -81,12 +81,15 @@ def _errors(axes: Any, curves: Sequence[Mapping[str, Any]], title: str) -> None:
         worst = [max((point["rms"] for point in _points(curve, side, whole=False)), default=None) for curve in curves]
         places = [place + 0.4 * (number - 0.5) for place, value in enumerate(worst) if value is not None]
         values = [value for value in worst if value is not None]
+        if not values:
+            continue
         bars = axes.bar(places, [max(value, floor) for value in values], 0.36, color=COLOURS[number], label=side)
         axes.bar_label(bars, [f"{value:.0e}" if value else "0" for value in values], color=INK, fontsize=8)
     axes.axhline(1e-6, color=INK, linewidth=0.8, linestyle="--")
     axes.set_yscale("log")
     axes.set_ylim(floor / 2, 10)
     axes.set_xticks(range(len(curves)), names)
+    axes.set_xlim(-0.6, len(curves) - 0.4)
     _finish(axes, title)
     axes.legend(frameon=False, labelcolor=INK, loc="upper left")
 
