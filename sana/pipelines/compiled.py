@@ -177,7 +177,7 @@ class CompiledPipeline:
         version = weights_version(original)
         if self._decoder is None or version != self._decoder_version:
             self._decoder, self._decoder_version = fast_decoder(original), version
-        return self._decoder
+        return self._decoder.tile_like(original)
 
     @contextmanager
     def watch(self, what: str) -> Iterator[None]:
