@@ -5,7 +5,6 @@ The numbers are of `sana.pipelines.memory.training`; a table of them is in `plan
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Protocol
 
 from sana.config import SanaConfig
@@ -21,7 +20,7 @@ from sana.pipelines.plan_request import (
     parse_limit,
     parse_memory,
 )
-from sana.pipelines.plan_search import MemoryLimitError, greatest
+from sana.pipelines.plan_search import MemoryLimitError
 from sana.pipelines.plan_stages import Stage
 
 CHECKPOINTING = ("none", "ffn", "blocks")  # in the order of what they cost
@@ -128,7 +127,7 @@ def make_training_plan(
         MemoryLimitError: not even one image fits.
     """
     ways = _ways(config, request)
-    model = model or _Predicted(config, request.device)
+    model = model or PredictedRun(config, request.device)
     wanted = config.train.train_batch_size * config.train.gradient_accumulation_steps
     known: dict[tuple[int, str], tuple[Stage, ...]] = {}
 
@@ -183,7 +182,7 @@ def _choose(
         if need(asked, way) <= limit:
             return asked, way
     if request.batch == AUTO:
-        best = greatest(asked - 1, lambda batch: need(batch, ways[-1]) <= limit)  # the last one needs least
+        best = greatest_batch(asked, limit, lambda batch: need(batch, ways[-1]))  # the last way needs least
         if best:
             return best, next(way for way in ways if need(best, way) <= limit)
     batch = 1 if request.batch == AUTO else asked
@@ -197,6 +196,24 @@ def _choose(
         + ("." if request.batch == AUTO else ", or perhaps with batch auto."),
         needed=needed, allowed=limit, stage="training",
     )  # fmt: skip
+
+
+def greatest_batch(high: int, limit: int, need: Callable[[int], int]) -> int:
+    """Returns the greatest batch below `high` that fits, 0 if none does. Asks seldom, where needs grow about linearly.
+
+    Args:
+        high: a batch that does not fit.
+        limit: bytes.
+        need: batch -> bytes, which grow with it.
+    """
+    if high <= 1 or need(1) > limit:
+        return 0
+    low = 1
+    while high - low > 1:
+        share = (limit - need(low)) / (need(high) - need(low))
+        middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        low, high = (middle, high) if need(middle) <= limit else (low, middle)
+    return low
 
 
 def _headline(config: SanaConfig, request: TrainingRequest, batch: int) -> str:
@@ -239,7 +256,7 @@ def _reasons(
     )
 
 
-class _Predicted:
+class PredictedRun:
     """The numbers of `sana.pipelines.memory.training`, put together as the trainer's step runs.
 
     Args:
@@ -249,25 +266,12 @@ class _Predicted:
 
     def __init__(self, config: SanaConfig, device: str) -> None:
         self._config, self._device = config, device
-
-    @cached_property
-    def _one(self) -> Any:
-        return self._model(1)
-
-    @cached_property
-    def _several(self) -> Any:
-        return self._model(2)
-
-    def _model(self, accumulation: int) -> Any:
-        from sana.pipelines.memory.training import TrainingMemory
-
-        config = replace(self._config, train=replace(self._config.train, gradient_accumulation_steps=accumulation))
-        return TrainingMemory(config, device=self._device)
+        self._known: dict[tuple[Any, ...], Any] = {}
 
     def stages(self, batch: int, checkpointing: str, accumulation: int) -> tuple[Stage, ...]:
         """See `TrainingModel`."""
-        model = self._one if accumulation == 1 else self._several
-        states, gradients = model.states(), model.gradients()
+        several = accumulation > 1
+        states, gradients = self._ask(several, "states"), self._ask(several, "gradients")
         held = {
             "weights": states.weights,
             "optimizer": states.optimizer,
@@ -277,11 +281,27 @@ class _Predicted:
         }
         held = {name: amount for name, amount in held.items() if amount}
         late = held | {"gradients": gradients}  # encoders meet them from the second micro-batch on
-        early = held if accumulation == 1 else late
-        images, texts = model.encode_images(batch), model.encode_texts(batch)
+        early = late if several else held
+        images, texts = self._ask(several, "encode_images", batch), self._ask(several, "encode_texts", batch)
+        learning = self._ask(several, "forward_backward", batch, checkpointing)
         return (
             *((Stage("encoding images", early, images),) if images else ()),
             *((Stage("encoding texts", early, texts),) if texts else ()),
-            Stage("forward, backward", late, max(0, model.forward_backward(batch, checkpointing) - gradients)),
-            Stage("optimizer step", late, max(0, model.optimizer_step() - gradients)),
+            Stage("forward and backward", late, max(0, learning - gradients)),
+            Stage("optimizer step", late, max(0, self._ask(several, "optimizer_step") - gradients)),
         )
+
+    def _ask(self, several: bool, question: str, *about: Any) -> Any:
+        """Asks the model of a run with one or with several micro-batches a step; of each question once."""
+        key = several, question, about
+        if key not in self._known:
+            self._known[key] = getattr(self._model(several), question)(*about)
+        return self._known[key]
+
+    def _model(self, several: bool) -> Any:
+        from sana.pipelines.memory.training import TrainingMemory
+
+        if (several,) not in self._known:
+            train = replace(self._config.train, gradient_accumulation_steps=1 + several)
+            self._known[several,] = TrainingMemory(replace(self._config, train=train), device=self._device)
+        return self._known[several,]

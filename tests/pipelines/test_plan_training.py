@@ -1,14 +1,19 @@
 """Batch size and recomputation of a training run, against hand arithmetic."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sana.config import SanaConfig, load_config
+from sana.models import build_transformer
 from sana.pipelines.plan_search import MemoryLimitError
 from sana.pipelines.plan_stages import Stage
-from sana.pipelines.plan_training import TrainingPlan, TrainingRequest, make_training_plan
+from sana.pipelines.plan_training import PredictedRun, TrainingPlan, TrainingRequest, greatest_batch, make_training_plan
 
 ROOT = Path(__file__).parents[2]
 G = 10**9
@@ -132,40 +137,68 @@ def test_a_request_is_checked_at_once(options: dict[str, Any], told: str):
         TrainingRequest(**options)
 
 
-def official() -> SanaConfig:
-    return load_config(ROOT / "configs/sana_config/512ms/Sana_600M_img512.yaml")
+@given(
+    high=st.integers(1, 200), base=st.integers(0, 50), slope=st.integers(1, 9), bend=st.integers(0, 3),
+    limit=st.integers(0, 3000),
+)  # fmt: skip
+def test_the_greatest_batch_is_found_with_few_questions(high: int, base: int, slope: int, bend: int, limit: int):
+    asked: set[int] = set()
+
+    def exact(batch: int) -> int:
+        return base + slope * batch + bend * (batch // 50) * batch
+
+    def need(batch: int) -> int:
+        asked.add(batch)
+        return exact(batch)
+
+    if exact(high) <= limit:
+        return
+    found = greatest_batch(high, limit, need)
+    assert found == max((one for one in range(1, high) if exact(one) <= limit), default=0)
+    assert bend or len(asked) <= 4, "where needs are linear: both ends, the answer and the one above it"
 
 
-def test_states_of_the_released_recipe_are_those_of_its_parameters():
-    """0.6 billion parameters in float32: weights, gradients and an average are each 4 bytes of every one."""
-    found = official()
-    found.train.optimizer = {"type": "AdamW", "lr": 1e-4}
-    found.train.ema_update = True
-    plan = make_training_plan(found, TrainingRequest(batch=2, checkpointing="blocks"))
-    held = plan.decisive.held
-    assert 0.58e9 < held["weights"] / 4 < 0.62e9
-    assert held["gradients"] == pytest.approx(held["weights"], rel=0.01)
-    assert held["optimizer"] == pytest.approx(2 * held["weights"], rel=0.01)
-    assert held["moving average"] == pytest.approx(held["weights"], rel=0.01)
-    assert held["autoencoder"] > 10**9
-    assert held["text encoder"] > 5 * 10**9
-
-
-def test_cached_features_need_no_encoders():
-    found = official()
-    found.data.load_vae_feat = found.data.load_text_feat = True
-    found.train.visualize = False
-    plan = make_training_plan(found, TrainingRequest(batch=1))
-    assert [stage.name for stage in plan.stages] == ["forward, backward", "optimizer step"]
-    assert not {"autoencoder", "text encoder"} & set(plan.stages[0].held)
-
-
-def test_fewer_images_fit_where_more_do_not():
+@pytest.fixture(scope="module")
+def tiny() -> SanaConfig:
+    """The bundled model's run, with latents and captions made ahead, seven images twice a step."""
     found = load_config(ROOT / "configs/sana_config/tiny/Sana_tiny_img256.yaml")
     found.train.train_batch_size, found.train.gradient_accumulation_steps = 7, 2
-    free = make_training_plan(found, TrainingRequest(batch=6, checkpointing="none"))
-    plan = make_training_plan(found, TrainingRequest(max_vram=free.peak, checkpointing="none"))
+    found.train.optimizer, found.train.ema_update = {"type": "AdamW", "lr": 1e-4}, True
+    found.train.extra, found.train.visualize = None, False
+    found.data.load_vae_feat = found.data.load_text_feat = True
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tiny: SanaConfig) -> PredictedRun:
+    return PredictedRun(tiny, "cuda")
+
+
+def test_states_are_those_of_the_parameters(tiny: SanaConfig, run: PredictedRun):
+    """Weights, gradients, an average and AdamW's two moments are each 4 bytes of every parameter."""
+    with torch.device("meta"):
+        parameters = sum(one.numel() for one in build_transformer(tiny).parameters())
+    plan = make_training_plan(tiny, TrainingRequest(), model=run)
+    held = {name: amount / parameters for name, amount in plan.decisive.held.items()}
+    expected = {"weights": 4, "gradients": 4, "moving average": 4, "optimizer": 8}
+    assert held == pytest.approx(expected, rel=0.02)
+
+
+def test_cached_features_need_no_encoders(tiny: SanaConfig, run: PredictedRun):
+    cached = make_training_plan(tiny, TrainingRequest(), model=run)
+    assert [stage.name for stage in cached.stages] == ["forward and backward", "optimizer step"]
+    data = dataclasses.replace(tiny.data, load_vae_feat=False, load_text_feat=False)
+    plan = make_training_plan(dataclasses.replace(tiny, data=data), TrainingRequest(batch=1))
+    assert [stage.name for stage in plan.stages][:2] == ["encoding images", "encoding texts"]
+    assert {"autoencoder", "text encoder"} <= set(plan.stages[0].held)
+    assert "gradients" in plan.stages[0].held, "of the micro-batches before"
+
+
+def test_fewer_images_fit_where_more_do_not(tiny: SanaConfig, run: PredictedRun):
+    free = make_training_plan(tiny, TrainingRequest(batch=6, checkpointing="none"), model=run)
+    plan = make_training_plan(tiny, TrainingRequest(max_vram=free.peak, checkpointing="none"), model=run)
     assert (plan.batch, plan.accumulation) == (6, 3)
-    plan = make_training_plan(found, TrainingRequest(max_vram=free.peak - 1, checkpointing="none"))
+    plan = make_training_plan(tiny, TrainingRequest(max_vram=free.peak - 1, checkpointing="none"), model=run)
     assert (plan.batch, plan.accumulation) == (5, 3), "a byte less"
-    assert make_training_plan(found, TrainingRequest(batch=6, max_vram=free.peak - 1)).checkpointing != "none"
+    plan = make_training_plan(tiny, TrainingRequest(batch=6, max_vram=free.peak - 1), model=run)
+    assert plan.checkpointing != "none"
