@@ -121,29 +121,23 @@ def give_storage(network: nn.Module, dtype: torch.dtype, device: str) -> None:
 
     Floating weights take the dtype; what quantised layers store keeps its own.
     """
-    made: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}  # tied weights stay tied
 
-    def replaced(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    def replaced(tensor: Tensor, kind: torch.dtype) -> Any:
         if id(tensor) not in made:
-            made[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
+            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
+            learns = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if learns else new
         return made[id(tensor)]
 
-    meta = list(network.modules())  # its tensors stay alive, so that no two have one id
-    kept = [(module, dict(module._parameters), dict(module._buffers)) for module in meta]
-    for module, parameters, buffers in kept:
-        stored = getattr(module, "stored", ())
-        for name, one in parameters.items():
+    # All of the old tensors stay alive meanwhile, so that no two have one id.
+    old = [(module, dict(module._parameters), dict(module._buffers)) for module in network.modules()]
+    for module, parameters, buffers in old:
+        for name, one in (parameters | buffers).items():
             if one is not None:
-                new = replaced(one, dtype if one.is_floating_point() else one.dtype)
-                module._parameters[name] = nn.Parameter(new, requires_grad=one.requires_grad)
-        for name, one in buffers.items():
-            if one is not None:
-                module._buffers[name] = replaced(one, dtype if is_cast(name, one, stored) else one.dtype)
-
-
-def is_cast(name: str, tensor: Tensor, stored: Iterable[str] = ()) -> bool:
-    """Whether a buffer takes the dtype of its network."""
-    return tensor.is_floating_point() and name not in stored
+                exact = not one.is_floating_point() or name in getattr(module, "stored", ())
+                table: dict[str, Any] = module._parameters if name in parameters else module._buffers
+                table[name] = replaced(one, one.dtype if exact else dtype)
 
 
 def use_empty_tables(transformer: Any) -> None:
@@ -188,8 +182,8 @@ def weights_of(network: str, module: nn.Module, *, block: int, packed: int) -> N
         block: every tensor is rounded up to a multiple of so many bytes.
         packed: bytes of the CPU's copies.
     """
-    cut = units_of(network, SimpleNamespace(model=module) if network == "text_encoder" else module)
-    owners = {}
+    holder: Any = SimpleNamespace(model=module) if network == "text_encoder" else module
+    cut, owners = units_of(network, holder), dict[int, int]()
     for index, unit in enumerate(cut.order):
         owners |= {id(tensor): index for name, tensor in named_weights(unit) if not name.endswith(cut.rest or ("//",))}
     units = [0] * len(cut.order)

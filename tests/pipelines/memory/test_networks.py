@@ -33,6 +33,14 @@ def test_the_text_encoder_of_a_yaml_has_its_published_size(dtype, size) -> None:
     assert weights.packed == 0
 
 
+def test_a_table_that_two_modules_share_counts_once() -> None:
+    config = load_config(SMALL, ["--text_encoder.text_encoder_name=T5-small"])
+    weights = MemoryModel(config, device="cpu", dtype=torch.float32).weights("text_encoder")
+    encoder = 76_961_152 - 32_128 * 512  # the whole network without its head ...
+    decoder = 8 * (2 * 4 * 512 * 384 + 3 * 512 * 1024 + 3 * 512) + 32 * 6 + 512  # ... and without its decoder
+    assert weights.total == 4 * (encoder - decoder)
+
+
 @pytest.mark.parametrize("network", networks.NETWORKS)
 def test_weights_of_the_bundled_model_are_those_of_its_files(tiny, network) -> None:
     from safetensors import safe_open
