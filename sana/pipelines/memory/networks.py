@@ -1,7 +1,7 @@
 """The networks of a configuration as shapes: built without storage, and the bytes that their weights take."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
