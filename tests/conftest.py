@@ -1,6 +1,7 @@
 """Settings of every test: one thread, no network, fixed seeds, fresh memory full of NaN; and the parity summary."""
 
 import collections
+import logging
 import os
 
 import pytest
@@ -18,6 +19,15 @@ def offline_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A command that a test runs shows sana's log lines; other tests do not expect its handlers."""
+    logger = logging.getLogger("sana")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """sana generate: prompts on the command line, the paths and recipes that it prints, options that contradict."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,6 @@ from sana.commands.inference import build_parser as script_parser
 from sana.pipelines import batch
 from sana.pipelines.images import read_recipe
 from tests.tiny_model import make_model_folder
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """The command shows sana's log lines; other tests do not expect its handlers."""
-    yield
-    logger = logging.getLogger("sana")
-    logger.handlers.clear()
-    logger.propagate = True
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,10 @@
 """Results as JSON on standard output, logs on standard error: the commands whose other tests are in tests/tools."""
 
 import json
-import logging
-
-import pytest
 
 from sana.commands import data_check, from_diffusers, quantize, to_diffusers
 from sana.models import pipeline_folder
 from tests.tiny_model import make_model_folder
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    yield
-    logger = logging.getLogger("sana")
-    logger.handlers.clear()
-    logger.propagate = True
 
 
 def test_quantize(tmp_path, capsys):

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import logging
 import os
 import pickle
 import subprocess
@@ -25,15 +24,6 @@ OFFICIAL_FLAGS = (
     "dataset step add_label tar_and_del exist_time_prefix gpu_id custom_image_size start_index end_index "
     "interval_guidance ablation_selections ablation_key debug if_save_dirname"
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """The script shows sana's log lines; other tests do not expect its handlers."""
-    yield
-    logger = logging.getLogger("sana")
-    logger.handlers.clear()
-    logger.propagate = True
 
 
 @pytest.fixture

@@ -1,21 +1,11 @@
 """scripts/replay.py: exit codes and what it prints."""
 
-import logging
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from scripts import inference, replay
-
-
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """The scripts show sana's log lines; other tests do not expect their handlers."""
-    yield
-    logger = logging.getLogger("sana")
-    logger.handlers.clear()
-    logger.propagate = True
 
 
 @pytest.fixture

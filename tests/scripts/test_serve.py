@@ -19,17 +19,6 @@ ROOT = Path(__file__).parents[2]
 NOT_FLAGS = {"api_keys", "max_aspect"}
 
 
-@pytest.fixture(autouse=True)
-def quiet_again():
-    """The script shows sana's log lines; other tests do not expect its handlers."""
-    import logging
-
-    yield
-    logger = logging.getLogger("sana")
-    logger.handlers.clear()
-    logger.propagate = True
-
-
 def test_every_setting_has_a_flag_and_its_default_is_said():
     helps = {action.dest: action.help for action in build_parser()._actions}
     for field in fields(ServerSettings):
