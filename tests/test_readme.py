@@ -118,6 +118,10 @@ def test_command(command: str, tmp_path: Path) -> None:
         assert arguments[0] != "-m" or arguments[1] == "pytest", f"not known how to check {command!r}"
         if arguments[0] != "-m":
             parse_python(arguments[0], arguments[1:], tmp_path)
+    elif program == "sana":
+        quick = ["--help"] if arguments[0] == "serve" else ["--step=2"] if arguments[0] == "generate" else []
+        done = run([sys.executable, "-m", "sana.cli", *arguments, *quick], checkout(tmp_path))
+        assert done.returncode == 0, done.stderr
     elif program == "bash":
         script, config, *overrides = arguments
         assert run(["bash", "-n", script], ROOT).returncode == 0

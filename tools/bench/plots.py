@@ -135,7 +135,7 @@ def _per_token(axes: Any, report: Report) -> None:
             axes.plot([1024, tokens[-1]], [limit, limit], color=colour, linewidth=1, linestyle="--")
     if sizes[0] == 512:
         note = "512 px: 256 tokens share what every call costs\nand the reading of all weights"
-        axes.annotate(note, (0.02, 0.02), xycoords="axes fraction", color=INK, fontsize=9)
+        axes.annotate(note, (0.02, 0.34), xycoords="axes fraction", color=INK, fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{count}\n{pixels} px" for count, pixels in zip(tokens, sizes, strict=True)])
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
