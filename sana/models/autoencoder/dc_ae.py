@@ -189,7 +189,14 @@ def layout_of(network: nn.Module, x: Tensor) -> torch.memory_format:
 
 def like_weights(network: nn.Module, x: Tensor) -> Tensor:
     """`x` with channels last in memory, where `layout_of` says so; else as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if layout_of(network, x) == torch.channels_last else x
+    if layout_of(network, x) != torch.channels_last:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last)
+    if len(x) == 1 and x.stride(0) != x.numel() and not x.requires_grad:
+        # A picture read as (H, W, 3) and permuted: oneDNN takes another kernel for its odd stride of an axis of length 1,
+        # and the whole picture would be rounded otherwise than its tiles.
+        x = x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
+    return x
 
 
 class DCAE(Autoencoder):

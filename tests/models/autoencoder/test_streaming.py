@@ -172,6 +172,16 @@ def leftward(model: DCAE, run: Convolutions) -> None:
                 module.bias *= scale
 
 
+def test_a_picture_read_as_height_width_colour_is_rounded_alike() -> None:
+    autoencoder = load_autoencoder(BUNDLED / "vae").requires_grad_(False)
+    picture = torch.rand(512, 512, 3).permute(2, 0, 1)[None] * 2 - 1  # (1, 3, H, W) with the strides of (H, W, 3)
+    with torch.no_grad():
+        whole = autoencoder.encode(picture)
+        assert torch.equal(autoencoder.encode(picture.contiguous()), whole)
+        autoencoder.enable_tiling(256, 256, 256, 256)
+        assert torch.equal(autoencoder.encode(picture), whole)
+
+
 def test_one_pixel_less_of_halo_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("f32c32 of Sana")
     run, needed = at_the_image(model, encodes=False), Piece.needed
