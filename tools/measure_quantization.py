@@ -195,10 +195,10 @@ def about(options: argparse.Namespace, arguments: list[str] | None) -> dict[str,
 
 HEAD = """# Quantised weights: what they save, and what they do to pictures
 
-The bundled model on a CPU, against itself in bf16 (autoencoder float32). Packed: copies of exact weights in the CPU's layout. Peak: all
-tensors of one picture. PSNR and MS-SSIM (multi-scale structural similarity, 1 is equal; it stands in for LPIPS, whose
-weights are not bundled): the same seeds in bf16. Judge: share of pictures that show what the prompt says. A worst PSNR
-near 15 dB is that of a picture which the judge accepts too. No GPU has been measured.
+The bundled model on a CPU, against itself in bf16 (autoencoder float32). Packed: copies of exact weights in the CPU's
+layout. Peak: all tensors of one picture. PSNR and MS-SSIM (multi-scale structural similarity, 1 is equal; it stands in
+for LPIPS, whose weights are not bundled): the same seeds in bf16. Judge: share of pictures that show what the prompt
+says. A worst PSNR near 15 dB is that of a picture which the judge accepts too. No GPU has been measured.
 """
 
 
