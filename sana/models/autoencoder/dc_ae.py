@@ -193,8 +193,8 @@ def like_weights(network: nn.Module, x: Tensor) -> Tensor:
         return x
     x = x.contiguous(memory_format=torch.channels_last)
     if len(x) == 1 and x.stride(0) != x.numel() and not x.requires_grad:
-        # A picture read as (H, W, 3) and permuted: oneDNN takes another kernel for the odd stride of its first axis, and
-        # the whole picture would be rounded otherwise than its tiles.
+        # A picture read as (H, W, 3) and permuted: oneDNN takes another kernel for the odd stride of its first axis,
+        # and the whole picture would be rounded otherwise than its tiles.
         x = x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
     return x
 
