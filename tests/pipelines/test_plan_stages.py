@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sana.config import SanaConfig
-from sana.models.layers.residency import Mover, slots_below
+from sana.models.layers.residency import Mover, as_kind, slots_below
 from sana.models.layers.schedule import Residency
 from sana.pipelines import loading
 from sana.pipelines.memory.stages import MemoryModel
@@ -112,7 +112,7 @@ class Counted(Mover):
         super().__init__(torch.device("cpu"), pin=False)
 
     def fetch(self, home: torch.Tensor) -> torch.Tensor:
-        return home.clone()
+        return as_kind(home.clone(), home)
 
 
 def run(pipeline: SanaPipeline, name: str) -> None:
