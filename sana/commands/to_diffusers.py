@@ -11,19 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from sana.commands.parsing import add_json, new_parser, show
+from sana.models.diffusers_names import MODEL_TYPES, SCHEDULERS
 from sana.utils.logging import setup_logging
-
-# As in sana.models.diffusers_config, which imports torch.
-MODEL_TYPES = (
-    "SanaMS_600M_P1_D28",
-    "SanaMS_1600M_P1_D20",
-    "SanaMS1.5_1600M_P1_D20",
-    "SanaMS1.5_3200M_P1_D40",
-    "SanaMS1.5_4800M_P1_D60",
-    "SanaSprint_600M_P1_D28",
-    "SanaSprint_1600M_P1_D20",
-)
-SCHEDULERS = ("flow-dpm_solver", "flow-euler", "scm")
 
 
 def build_parser(prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from sana.models.checkpoint import CheckpointError
+from sana.models.diffusers_names import MODEL_TYPES, SCHEDULERS
 
 DIFFUSERS_VERSION = "0.33.0"  # the release whose layout is written; later ones read it
-SCHEDULERS = ("flow-dpm_solver", "flow-euler", "scm")
 # What diffusers' network always does: official argument, value.
 FIXED = (
     ("attn_type", "linear"),
@@ -29,15 +29,6 @@ _SIZES = {
     "3200M_P1_D40": (40, 2240, 20),
     "4800M_P1_D60": (60, 2240, 20),
 }
-MODEL_TYPES = (
-    "SanaMS_600M_P1_D28",
-    "SanaMS_1600M_P1_D20",
-    "SanaMS1.5_1600M_P1_D20",
-    "SanaMS1.5_3200M_P1_D40",
-    "SanaMS1.5_4800M_P1_D60",
-    "SanaSprint_600M_P1_D28",
-    "SanaSprint_1600M_P1_D20",
-)
 # image_size -> (use_pe, pe_interpolation) of the official configs
 _POSITIONS = {512: (False, 1.0), 1024: (False, 1.0), 2048: (True, 1.0), 4096: (True, 2.0)}
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sana.models.layers.residency import Mover, slots_below
-from sana.ops import packing
 from sana.pipelines.denoise import NonFiniteError
 from sana.pipelines.offload import _Offload
 from sana.pipelines.sana_pipeline import SanaPipeline
@@ -20,21 +19,7 @@ from tests.parity.runners.pipeline import build_pipeline
 from tests.pipelines.offloaded import BUNDLED, CALL, KINDS, put_away
 from tests.tiny_model import recorded_case
 
-
-@pytest.fixture(autouse=True)
-def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No packed copies of weights: whether there is one decides the last bits, and they are not what is counted."""
-    monkeypatch.setattr(packing, "pack_budget", lambda: 0)
-
-
-@pytest.fixture
-def open_pipeline(model_folder) -> Callable[[], SanaPipeline]:
-    return lambda: SanaPipeline.from_pretrained(model_folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def plain(model_folder) -> SanaPipeline:
-    return SanaPipeline.from_pretrained(model_folder, device="cpu")
+pytestmark = pytest.mark.usefixtures("unpacked")
 
 
 def bytes_of(pipeline: SanaPipeline) -> dict[str, dict[str, int]]:

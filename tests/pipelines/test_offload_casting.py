@@ -1,29 +1,12 @@
 """Layerwise casting: what is stored in 8 bits, with offload and without, and how far the picture is from the exact."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from sana.ops import packing
 from sana.pipelines.sana_pipeline import SanaPipeline
 from tests.pipelines.offloaded import BUNDLED, CALL, PICTURE, psnr, put_away
 
-
-@pytest.fixture(autouse=True)
-def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No packed copies of weights: whether there is one decides the last bits."""
-    monkeypatch.setattr(packing, "pack_budget", lambda: 0)
-
-
-@pytest.fixture
-def open_pipeline(model_folder) -> Callable[[], SanaPipeline]:
-    return lambda: SanaPipeline.from_pretrained(model_folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def plain(model_folder) -> SanaPipeline:
-    return SanaPipeline.from_pretrained(model_folder, device="cpu")
+pytestmark = pytest.mark.usefixtures("unpacked")
 
 
 def test_casting_to_the_same_dtype_changes_nothing(plain, open_pipeline):
