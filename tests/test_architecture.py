@@ -29,6 +29,7 @@ ROWS = {  # who may import whom: only from a strictly lower row, or inside one's
     "sana.commands": 5,  # parsers and printing, for the command line and for scripts
     "sana.cli": 6,
     "app": 6,
+    "comfyui": 6,
     "scripts": 6,
     "tools": 6,
     "train_scripts": 6,
@@ -70,7 +71,7 @@ STRICT_FALSE = ("sana/models/weights.py",)
 @cache
 def sources() -> tuple[str, ...]:
     """Returns every Python file outside tests/, relative to the root."""
-    folders = ("sana", "app", "scripts", "tools", "train_scripts")
+    folders = ("sana", "app", "comfyui", "scripts", "tools", "train_scripts")
     return tuple(
         sorted(path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py"))
     )

@@ -30,6 +30,8 @@ EXTRAS = {  # what an optional extra is for
     "gradio": "the web app",
     "serve": "sana serve",
     "ray": "serving on several machines",
+    "notebook": "the notebook asset/notebooks/quickstart.ipynb",
+    "docs": "building the documentation site",
     "wandb": "tracking of training",
     "tensorboard": "tracking of training",
     "plot": "plots of runs and benchmarks",
