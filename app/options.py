@@ -26,6 +26,7 @@ class DemoOptions:
         safety: "shield" (ShieldGemma checks prompts where it is available), "basic" (a list of words) or "off".
         shield_model_path: folder, hub id or hf:// reference of ShieldGemma.
         safety_required: an unavailable ShieldGemma is an error, because it was asked for by name.
+        device: of ShieldGemma; None for cuda where there is one, else the CPU.
     """
 
     image_size: int | None = None
@@ -40,6 +41,7 @@ class DemoOptions:
     safety: str = "shield"
     shield_model_path: str = SHIELD_MODEL
     safety_required: bool = False
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
