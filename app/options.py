@@ -45,7 +45,7 @@ class DemoOptions:
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
-            inputs.check_number("image_size", self.image_size, 1, inputs.MAX_SIDE)
+            inputs.check_count("image_size", self.image_size, inputs.MAX_SIDE)
         inputs.check_number("cfg_scale", self.cfg_scale, 1, 100)
         inputs.check_number("pag_scale", self.pag_scale, 1, 100)
         if self.step != -1:
@@ -57,6 +57,4 @@ class DemoOptions:
         inputs.check_count("max_images", self.max_images, 1000)
         check_choice("safety", self.safety, SAFETY)
         if self.safety_required and self.safety != "shield":
-            raise ValueError(
-                f"safety {self.safety!r} uses no model; leave out shield_model_path, or give safety=shield."
-            )
+            raise ValueError(f"safety={self.safety} uses no model: leave out shield_model_path, or give safety=shield.")
