@@ -27,6 +27,7 @@ COMMANDS = {
     "serve": Command(
         "sana.commands.serve", "serve pictures over HTTP, as OpenAI's interface", "sana serve --port=8000"
     ),
+    "app": Command("app.app_sana", "make pictures in a browser", "sana app --port=15432"),
     "train": Command("sana.commands.train", "train a model", "sana train CONFIG.yaml --np=2 --work_dir=output/run"),
     "plan": Command("sana.commands.plan", "say what pictures or a training run need in memory", "sana plan --json"),
     "cache": Command(

@@ -14,7 +14,7 @@ import pytest
 from sana import cli
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "transformers", "tokenizers", "numpy", "PIL", "yaml")
+HEAVY = ("torch", "transformers", "tokenizers", "numpy", "PIL", "yaml", "gradio", "fastapi")
 DOCUMENT = ROOT / "asset/docs/cli.md"
 
 
