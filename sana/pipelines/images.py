@@ -1,5 +1,6 @@
 """Image tensors to pictures, PNG files that hold their recipe, and contact sheets. Nothing is generated here."""
 
+import io
 import json
 import math
 import os
@@ -54,17 +55,20 @@ def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any] | N
         recipe: JSON-able; stored in the file with its prompt, if it has one, as the description other programs show.
     """
     path = Path(path)
-    text = PngImagePlugin.PngInfo()
-    if recipe:
-        text.add_itxt(RECIPE_KEY, _as_json(recipe))
-        if recipe.get("prompt"):
-            text.add_itxt("Description", str(recipe["prompt"]).encode("utf-8", "replace").decode("utf-8"))
+    text = _texts(recipe)
     temporary = path.with_name(f".{secrets.token_hex(6)}.png.part")
     try:
         image.save(temporary, format="PNG", pnginfo=text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def png_bytes(image: Image.Image, recipe: Mapping[str, Any] | None = None) -> bytes:
+    """Returns the very bytes of the file that `save_png` would write. Nothing touches the disk."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=_texts(recipe))
+    return buffer.getvalue()
 
 
 def read_recipe(path: str | Path) -> dict[str, Any] | None:
@@ -123,6 +127,16 @@ def contact_sheet(
             for number, text in enumerate(_wrap(captions[index], font, cell)):
                 draw.text((left, top + cell + 2 + number * line), text, fill=(0, 0, 0), font=font)
     return sheet
+
+
+def _texts(recipe: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
+    """Returns the text chunks of a picture with a recipe."""
+    text = PngImagePlugin.PngInfo()
+    if recipe:
+        text.add_itxt(RECIPE_KEY, _as_json(recipe))
+        if recipe.get("prompt"):
+            text.add_itxt("Description", str(recipe["prompt"]).encode("utf-8", "replace").decode("utf-8"))
+    return text
 
 
 def _as_json(recipe: Mapping[str, Any]) -> str:

@@ -131,7 +131,7 @@ class Api:
         for function in (Api.check_key, Api.file, Api.model, Api.generations):
             function.__annotations__["request"] = request
 
-    def check_key(self, request: "Request") -> None:
+    async def check_key(self, request: "Request") -> None:  # async: FastAPI would run it in a thread of its own
         self.keys.check(request.headers.get("authorization"))
 
     async def health(self) -> "Response":

@@ -1,11 +1,10 @@
 """A finished picture as the bytes of a PNG that holds its recipe. How it is sent is in `app.py`."""
 
-import tempfile
 from pathlib import Path
 
 from PIL.Image import Image
 
-from sana.pipelines.images import save_png
+from sana.pipelines.images import png_bytes
 from sana.pipelines.recipe import Recipe, environment
 from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.serving.job import Job
@@ -48,11 +47,8 @@ def recipe_of(pipeline: SanaPipeline, job: Job, model: str) -> Recipe:
 
 
 def as_png(image: Image, recipe: Recipe | None = None) -> bytes:
-    """Returns the file's bytes, written as the pipeline writes it."""
-    with tempfile.TemporaryDirectory(prefix="sana-serving-") as folder:
-        path = Path(folder) / "picture.png"
-        save_png(image, path, recipe.as_dict() if recipe else None)
-        return path.read_bytes()
+    """Returns the file's bytes, as the pipeline writes it."""
+    return png_bytes(image, recipe.as_dict() if recipe else None)
 
 
 def model_name(pipeline: SanaPipeline) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.utils import save_image
 
 from sana.pipelines import images as module
-from sana.pipelines.images import contact_sheet, read_recipe, save_png, to_pil
+from sana.pipelines.images import contact_sheet, png_bytes, read_recipe, save_png, to_pil
 
 RECIPE = {
     "prompt": "猫 🐈‍⬛ et chât\nline two",
@@ -49,6 +49,13 @@ def test_a_recipe_comes_back_unchanged(tmp_path: Path) -> None:
     with Image.open(tmp_path / "猫🐈.png") as image:
         assert image.text["Description"] == RECIPE["prompt"]
         assert np.array_equal(np.asarray(image), np.asarray(picture))
+
+
+@pytest.mark.parametrize("recipe", [None, {"prompt": "a \ud83d cat"}])
+def test_the_bytes_of_a_picture_are_those_of_its_file(tmp_path: Path, recipe: dict[str, str] | None) -> None:
+    picture = Image.effect_noise((200, 300), 80).convert("RGB")
+    save_png(picture, tmp_path / "x.png", recipe)
+    assert png_bytes(picture, recipe) == (tmp_path / "x.png").read_bytes()
 
 
 def test_a_lone_surrogate_survives(tmp_path: Path) -> None:
