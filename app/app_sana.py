@@ -78,12 +78,12 @@ def serve(given: dict[str, Any], overrides: list[str]) -> int:
     model = InferenceOptions(overrides=overrides, **{name: given[name] for name in MODEL if name in given})
     need_gradio()
     require_shield(options)
-    pipeline, _ = batch.open_pipeline(model, [PromptItem(id="any", prompt="any")])
+    pipeline, model = batch.open_pipeline(model, [PromptItem(id="any", prompt="any")])
     safety = open_safety_check(options)
 
     from app.demo import build_demo, launch_settings
 
-    demo = build_demo(pipeline, options, safety=safety)
+    demo = build_demo(pipeline, options, safety, opened_with=model)
     return open_door(demo, door, launch_settings(), lambda url: print(url, flush=True))
 
 

@@ -2,9 +2,9 @@
 
 import contextlib
 import importlib
+import io
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -137,7 +137,7 @@ def open_door(demo: Any, door: Door, settings: dict[str, Any], on_ready: Callabl
         logger.warning("whoever reaches the page can use it: no password was given")
     with asked_to_end() as asked:
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # standard output holds addresses and nothing else
+            with contextlib.redirect_stdout(io.StringIO()) as said:  # standard output is for addresses alone
                 demo.launch(
                     server_name=f"[{door.host}]" if ":" in door.host else door.host,
                     server_port=door.port,
@@ -150,10 +150,9 @@ def open_door(demo: Any, door: Door, settings: dict[str, Any], on_ready: Callabl
                     max_file_size=UPLOAD,
                     **settings,
                 )
+            logger.debug("Gradio says: %s", said.getvalue())
             if door.share and not demo.share_url:
-                raise FetchError(
-                    "The public link could not be made: Gradio's service was not reached; leave out --share."
-                )
+                raise FetchError("No public link could be made: Gradio's service was not reached; try without --share.")
             on_ready(address(door.host, door.port))
             if door.share:
                 on_ready(demo.share_url)

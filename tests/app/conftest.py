@@ -73,6 +73,11 @@ class AppProcess:
         """What was written on standard error."""
         return "".join(self._log)
 
+    @property
+    def ended_silently(self) -> bool:
+        """Whether standard output ended without another line."""
+        return self._lines.get(timeout=WAIT) is None
+
     def end(self, number: int = signal.SIGTERM) -> int:
         """Asks the process to end and returns its exit code."""
         if self.process.poll() is None:

@@ -121,7 +121,7 @@ def test_the_public_link_is_said_too(caplog):
 
 def test_no_public_link_is_an_error():
     page, said = Page(None), []
-    with pytest.raises(FetchError, match="leave out --share"):
+    with pytest.raises(FetchError, match="without --share"):
         open_door(page, Door(port=7000, share=True), {}, said.append)
     assert page.closed and not said
 
