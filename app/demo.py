@@ -241,7 +241,7 @@ def _connect(demo: Any, page: Page, parts: Parts) -> None:
     fields = list(parts.fields.values())
     everything = [*parts.outputs, *fields]
 
-    async def generate(stored: Any, *values: Any, request: gr.Request) -> Any:  # type: ignore[name-defined]
+    async def generate(request: gr.Request, stored: Any, *values: Any) -> Any:  # type: ignore[name-defined]
         async for change in page.generate(stored, *values, owner=request.session_hash):
             yield change
 

@@ -116,6 +116,13 @@ def arrange(limits: Limits, options: DemoOptions, pipeline: SanaPipeline, notice
         with gr.Column(elem_id="settings"):
             _settings(gr, parts, limits, options)
             _advanced(gr, parts, limits)
+            parts["restore"] = gr.File(
+                label="Drop a PNG made by Sana here to restore its settings",
+                show_label=False,
+                type="filepath",
+                height=92,
+                elem_id="restore",
+            )
             _prompts(gr, parts, examples.examples(model.model))
             gr.Markdown(notice, elem_id="safety-notice")
     parts["pictures"], parts["chosen"] = gr.State([]), gr.State(0)
@@ -129,7 +136,7 @@ def _compose(gr: Any, parts: dict[str, Any]) -> None:
     parts["fields"]["prompt"] = gr.Textbox(
         label="Prompt",
         show_label=False,
-        placeholder="What shall the picture show?   (Shift + Enter draws it)",
+        placeholder="What shall the picture show? Shift + Enter draws it.",
         lines=3,
         max_lines=8,
         max_length=MAX_PROMPT + 1,  # one more, so that a cut prompt is noticed
@@ -174,10 +181,10 @@ def _settings(gr: Any, parts: dict[str, Any], limits: Limits, options: DemoOptio
         fields["width"] = gr.Number(width, label="Width", step=STEP, min_width=90, elem_id="width")
         fields["height"] = gr.Number(height, label="Height", step=STEP, min_width=90, elem_id="height")
     gr.HTML(f'<p class="hint">Width and height: {bounds}.</p>', padding=False)
+    fields["number"] = _slider(
+        gr, label="Pictures", value=1, minimum=1, maximum=max(2, options.max_images), step=1, elem_id="number"
+    )
     with gr.Row(elem_classes="fields"):
-        fields["number"] = _slider(
-            gr, label="Pictures", value=1, minimum=1, maximum=max(2, options.max_images), step=1, elem_id="number"
-        )
         fields["seed"] = gr.Number(options.seed, label="Seed", min_width=110, elem_id="seed")
         fields["randomise"] = gr.Checkbox(True, label="Random seed", min_width=110, elem_id="randomise")
 
@@ -218,9 +225,6 @@ def _advanced(gr: Any, parts: dict[str, Any], limits: Limits) -> None:
             interactive=can,
             elem_id="pag",
         )
-    with gr.Accordion("Restore from a picture", open=False, elem_id="restore-box"):
-        gr.HTML('<p class="hint">Drop a PNG made by Sana: its recipe fills all fields.</p>', padding=False)
-        parts["restore"] = gr.File(label="PNG with a recipe", type="filepath", height=120, elem_id="restore")
 
 
 def _prompts(gr: Any, parts: dict[str, Any], prompts: tuple[str, ...]) -> None:
