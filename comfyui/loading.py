@@ -16,6 +16,7 @@ from sana.models.text_encoder.chi import CHI_PROMPT
 from sana.pipelines import loading
 from sana.pipelines.options import BUNDLED_MODEL, bundled
 from sana.pipelines.sana_pipeline import SanaPipeline
+from sana.utils import hub
 from sana.utils.dtype import parse_dtype
 
 from . import catalog, host
@@ -49,7 +50,7 @@ def open_model(ckpt_name: str, configuration: str, dtype: str) -> SanaModel:
 
     Raises:
         FetchError, CheckpointError, ConfigError: weights or configuration are missing, broken, or do not fit.
-        ValueError: a file is missing, or the model's latents are not those of a DC-AE.
+        ValueError: a file is missing, or it is a model that these nodes cannot sample.
     """
     ref = _find_weights(ckpt_name)
     yaml = catalog.CHECKPOINTS.get(ckpt_name)
@@ -58,6 +59,7 @@ def open_model(ckpt_name: str, configuration: str, dtype: str) -> SanaModel:
         config = loading.source_config(source)
     else:
         config = loading.as_config(repository_file(yaml or catalog.CONFIGURATIONS[configuration]))
+    _require_flow(config, ckpt_name)
     scaling_factor = latent_scale(config)
     device = host.device()
     auto = torch.float32 if device.type == "cpu" else parse_dtype(config.model.mixed_precision)
@@ -72,7 +74,7 @@ def latent_scale(config: SanaConfig) -> float:
     """Returns the scaling factor of a config's DC-AE, without loading it: its own where it is here, else the config's.
 
     Raises:
-        ValueError: it is no DC-AE.
+        ValueError: it is no DC-AE, or lies in a folder that is gone.
     """
     if config.vae.vae_type not in ("AutoencoderDC", "dc-ae"):
         raise ValueError(f"These nodes make latents of a DC-AE, and this model has {config.vae.vae_type!r}.")
@@ -80,6 +82,8 @@ def latent_scale(config: SanaConfig) -> float:
     for file in (folder / "vae" / "config.json", folder / "config.json"):
         if file.is_file():
             return float(parse_config(json.loads(file.read_text(encoding="utf-8"))).scaling_factor)
+    if hub.parse_hub_reference(str(folder)) is None:
+        raise ValueError(f"This model needs its autoencoder {folder} beside it, whose scale its latents have.")
     return float(config.vae.scale_factor)
 
 
@@ -143,6 +147,13 @@ def open_autoencoder(vae_name: str, kind: str, dtype: str) -> Autoencoder:
         raise ValueError(f"{vae_name} is a {type(autoencoder).__name__}, and these nodes decode latents of a DC-AE.")
     autoencoder.scaling_factor, autoencoder.shift_factor = 1.0, 0.0
     return autoencoder.eval().requires_grad_(False)
+
+
+def _require_flow(config: SanaConfig, name: str) -> None:
+    """Raises ValueError for a model that the samplers of these nodes cannot sample."""
+    kind = config.model.model
+    if not config.scheduler.predict_flow_v or "SCM" in kind or "ControlNet" in kind:
+        raise ValueError(f"{name} is a {kind}, and these nodes sample flow models only; use sana generate for it.")
 
 
 def _find_weights(ckpt_name: str) -> Path | str:

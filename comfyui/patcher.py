@@ -21,17 +21,12 @@ class Velocity(nn.Module):
     Args:
         transformer: of a flow: it predicts noise minus latents.
         channels: of the latents.
+        dtype: what it computes in.
     """
 
-    def __init__(self, transformer: nn.Module, channels: int) -> None:
+    def __init__(self, transformer: nn.Module, channels: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.transformer = transformer
-        self.channels = channels
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        return next(self.transformer.parameters()).dtype
+        self.transformer, self.channels, self.dtype = transformer, channels, dtype
 
     def forward(
         self,
@@ -67,7 +62,7 @@ class Velocity(nn.Module):
 def as_comfy_model(sana: SanaModel) -> Any:
     """Returns ComfyUI's MODEL: a ModelPatcher around the transformer, or `sana` itself where ComfyUI is not running."""
     patchers, bases = host.module("comfy.model_patcher"), host.module("comfy.model_base")
-    if patchers is None or bases is None or not sana.pipeline.config.scheduler.predict_flow_v:
+    if patchers is None or bases is None:
         return sana
     model = _make_base_model(sana, bases)
     return patchers.ModelPatcher(model, load_device=host.device(), offload_device=host.resting_device())
@@ -126,6 +121,6 @@ def _make_base_model(sana: SanaModel, bases: Any) -> nn.Module:
 
     model = SanaBaseModel(SanaSettings(SanaSettings.unet_config), model_type=bases.ModelType.FLOW)
     assert pipeline.transformer is not None
-    model.diffusion_model = Velocity(pipeline.transformer, sana.latent_channels)
+    model.diffusion_model = Velocity(pipeline.transformer, sana.latent_channels, pipeline.dtype)
     model.sana = sana
     return model
