@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import importlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -125,7 +126,7 @@ class Page:
             yield {parts.error: page_text.message(str(error))}
         finally:
             if job is not None and not job.ended.is_set():  # the browser went away
-                self.studio.cancel(owner) if owner is not None else self.studio.drop(job)
+                self.studio.drop(job)
 
     async def _follow(self, job: Job, happened: asyncio.Event) -> AsyncIterator[dict[Any, Any]]:
         """Yields the changes of a wish in line until it has ended, and then all that it leaves."""
@@ -229,8 +230,8 @@ class Page:
 
 
 def _tell(loop: asyncio.AbstractEventLoop, happened: asyncio.Event) -> None:
-    """Sets an event of a loop from another thread; a loop that has ended needs to know nothing."""
-    if not loop.is_closed():
+    """Sets an event of a loop from another thread."""
+    with contextlib.suppress(RuntimeError):  # the loop has ended and needs to know nothing
         loop.call_soon_threadsafe(happened.set)
 
 

@@ -163,7 +163,7 @@ def _results(gr: Any, parts: dict[str, Any]) -> None:
     )
     with gr.Row(elem_id="picture-actions"):
         parts["download"] = gr.DownloadButton("Download PNG", interactive=False, size="sm", elem_id="download")
-        parts["reuse"] = gr.Button("Use these settings", interactive=False, size="sm", elem_id="reuse")
+        parts["reuse"] = gr.Button("Reuse settings", interactive=False, size="sm", elem_id="reuse")
     parts["recipe"] = gr.HTML(page_text.EMPTY_RECIPE, elem_id="recipe", padding=False)
 
 

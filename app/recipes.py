@@ -75,7 +75,8 @@ class Settings:
         where nothing was named. `sana replay --model_path` takes the weights that a picture no longer says.
         """
         public = {name: _without_folders(value) for name, value in made_with.items()}
-        if self.opened_with.config is None and made_with.get("model_path") == str(bundled(BUNDLED_MODEL)):
+        model_path = made_with.get("model_path")
+        if self.opened_with.config is None and model_path and _same_place(model_path, bundled(BUNDLED_MODEL)):
             public["model_path"] = None
         public["overrides"] = [_public_override(one) for one in made_with.get("overrides", ())]
         return public
@@ -86,6 +87,10 @@ def _without_folders(value: Any) -> Any:
         return value
     path = Path(value).expanduser()
     return path.name if path.is_absolute() or ".." in path.parts else value
+
+
+def _same_place(name: str, path: Path) -> bool:
+    return "://" not in name and Path(name).expanduser().resolve() == path.resolve()
 
 
 def _public_override(override: str) -> str:
