@@ -10,23 +10,52 @@ handed back with 503. Exit codes: 0 ended as asked, 1 failure (weights, network,
 """
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
-from sana.commands.parsing import only_given, parse_with_overrides
+from sana.commands.parsing import SCHEMES, only_given, parse_with_overrides, tiles
 
-MODEL = ("config", "model_path", "device", "dtype", "quantization", "text_quantization", "offload")
+MODEL = (
+    "config", "model_path", "device", "dtype", "max_vram", "quantization", "text_quantization", "offload", "vae_tiling",
+)  # fmt: skip
+CONNECTIONS = ("max_connections", "header_seconds", "write_seconds")  # what whoever holds the connections decides
 
 
 def build_parser(prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
     """Returns the parser; an option that was not given is absent from its result."""
     parser = only_given(prog, description or __doc__)
+    add_model(parser)
+    add_server(parser)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which model is served, and how its weights are kept."""
     add = parser.add_argument
     add("--config", help="YAML of the model; not needed where the weights say what they are")
     add("--model_path", help="weights: path, hf://owner/repo/path, hub id or URL (default: asset/models/sana_tiny)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--dtype", help="fp32, bf16 or fp16 (default: fp32 on a CPU, else the config's)")
-    add("--quantization", metavar="SCHEME", help="of the transformer: none, int8, int8-dynamic, int4, nf4 or fp8")
+    add("--max_vram", metavar="AMOUNT", help="e.g. 8GB: settings of memory are planned before weights are loaded, for "
+        "--max_active of the largest pictures; where --max_active is not given, fewer may be in work")  # fmt: skip
+    add("--quantization", metavar="SCHEME", help=f"of the transformer: none, {', '.join(SCHEMES)}")
     add("--text_quantization", metavar="SCHEME", help="of the text encoder, by the same names")
     add("--offload", help="where weights wait on the CPU: none, model, group or sequential; the same pictures")
+    add(
+        "--vae_tiling",
+        type=tiles,
+        metavar="PIXELS|BOOL",
+        help="side of the decoder's tiles; true: its own, false: none",
+    )
+
+
+def add_server(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """Adds the options of the server itself, but those whose names are in `without`."""
+
+    def add(flag: str, **more: Any) -> None:
+        if flag.removeprefix("--") not in without:
+            parser.add_argument(flag, **more)
+
     add("--model_name", help="what clients call the model (default: the name of its folder or repository)")
     add("--host", help="address to listen at (default: 127.0.0.1, this machine only)")
     add("--port", type=int, help="0 is any free one (default: 8000)")
@@ -51,7 +80,6 @@ def build_parser(prog: str | None = None, description: str | None = None) -> arg
     add("--keep_bytes", **whole, help="bytes of those pictures (default: 1 GiB)")
     add("--keep_seconds", **seconds, help="how long they are kept (default: 3600)")
     add("--debug", action="store_true", help="tracebacks in the log; they may show paths and prompts")
-    return parser
 
 
 def main(arguments: list[str] | None = None, *, prog: str | None = None, description: str | None = None) -> int:
@@ -62,6 +90,9 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None, descrip
     from sana.pipelines.command import run_command
 
     def work() -> int:
+        from sana.serving.memory import share_one_heap
+
+        share_one_heap()  # before the imports below start threads
         from sana.pipelines.options import InferenceOptions
         from sana.serving.keys import read_keys
         from sana.serving.server import serve
@@ -70,9 +101,19 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None, descrip
 
         setup_logging()
         model = InferenceOptions(overrides=rest, **{name: given[name] for name in MODEL if name in given})
-        files = [key for file in given.get("api_key_file", ()) for key in read_keys(file)]
-        other = {name: value for name, value in given.items() if name not in (*MODEL, "api_key", "api_key_file")}
-        settings = ServerSettings(api_keys=(*given.get("api_key", ()), *files), **other)
-        return serve(model, settings, lambda url: print(url, flush=True))
+        settings = ServerSettings(**server_settings(given, read_keys))
+        return serve(model, settings, lambda url: print(url, flush=True), lower="max_active" not in given)
 
     return run_command(work, debug=bool(given.get("debug")))
+
+
+def server_settings(given: dict[str, Any], read_keys: Callable[[str], list[str]]) -> dict[str, Any]:
+    """Returns the fields of `ServerSettings` among the options that were given.
+
+    Args:
+        given: options by name.
+        read_keys: reads a file of keys.
+    """
+    files = [key for file in given.get("api_key_file", ()) for key in read_keys(file)]
+    found = {name: value for name, value in given.items() if name not in (*MODEL, "api_key", "api_key_file")}
+    return found | {"api_keys": (*given.get("api_key", ()), *files)}

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from sana import __version__
-from sana.serving.body import ClientGoneError, read_body, until_gone
+from sana.serving.body import CLOSE, ClientGoneError, read_body, until_gone
 from sana.serving.errors import NO_RETRY, ApiError, internal, of_status
 from sana.serving.extras import need
 from sana.serving.keys import KeyRing
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 GONE = 499  # what web servers write into their logs for a client that did not wait
+MISTAKABLE = ApiError(400, "The request says in two ways where it ends.", code="invalid_http", headers=CLOSE)
 CLOSED = "/v1/images/edits is not there yet; /v1/images/generations is."
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -102,7 +103,7 @@ class Outside:
             await send(message)
 
         try:
-            await self.app(scope, receive, watched)
+            await (_error(MISTAKABLE) if mistakable(scope) else self.app)(scope, receive, watched)
         except Exception:
             if not status:  # nothing was answered, so the server below must end the connection
                 raise
@@ -111,6 +112,12 @@ class Outside:
             seconds = time.monotonic() - started
             self.metrics.answered(route, status or GONE, seconds)
             logger.info("%s %s %d %.3f s", scope["method"] if route != "other" else "-", route, status or GONE, seconds)
+
+
+def mistakable(scope: Message) -> bool:
+    """Whether a proxy in front could see another end of the request than this server (RFC 9112, section 6.1)."""
+    names = {name for name, _ in scope["headers"]}
+    return b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] == "1.0")
 
 
 class Api:

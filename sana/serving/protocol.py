@@ -1,13 +1,22 @@
-"""Cutting off clients that send their head, or take their answer, too slowly. The rest of HTTP/1.1 is uvicorn's."""
+"""Cutting off slow clients, and errors in OpenAI's form instead of uvicorn's. The rest of HTTP/1.1 is uvicorn's."""
 
+import json
 from asyncio import BaseTransport, TimerHandle
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+from sana.serving.errors import SERVER, ApiError
 from sana.serving.extras import need
+
+NO_HTTP = ApiError(400, "This is no valid HTTP.", code="invalid_http", headers={"Connection": "close"})
+FULL = ApiError(
+    503, "Too many connections are open. Try again in 1 s.", SERVER, None, "too_many_connections",
+    {"Connection": "close", "Retry-After": "1"},
+)  # fmt: skip
 
 
 def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
-    """Returns uvicorn's protocol with two more time limits.
+    """Returns uvicorn's protocol with two more time limits, whose own answers (400, 503) have OpenAI's form.
 
     Args:
         header_seconds: from the first byte of a connection, or of a later request on it, to the end of its head.
@@ -17,11 +26,32 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
     Raises:
         ValueError: uvicorn is not installed.
     """
-    base: Any = need("uvicorn.protocols.http.h11_impl").H11Protocol
+    module: Any = need("uvicorn.protocols.http.h11_impl")
+    base, h11 = module.H11Protocol, module.h11
 
     class GuardedProtocol(base):
         _head_timer: TimerHandle | None = None
         _write_timer: TimerHandle | None = None
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._limit, self.limit_concurrency = self.limit_concurrency, None
+            self._application = self.app
+
+        def handle_events(self) -> None:
+            full = self._limit is not None and max(len(self.connections), len(self.tasks)) >= self._limit
+            self.app = answer_full if full else self._application
+            super().handle_events()
+
+        def send_400_response(self, msg: str) -> None:
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun: there is no other
+                self.transport.abort()
+                return
+            content = _content(NO_HTTP)
+            start = h11.Response(status_code=NO_HTTP.status, headers=_headers(NO_HTTP, content), reason=b"Bad Request")
+            for event in (start, h11.Data(data=content), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+            self.transport.close()
 
         def connection_made(self, transport: BaseTransport) -> None:
             super().connection_made(transport)
@@ -76,3 +106,19 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
                 self._write_timer = None
 
     return GuardedProtocol
+
+
+async def answer_full(scope: Any, receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    """An ASGI application that says that there are too many connections."""
+    content = _content(FULL)
+    await send({"type": "http.response.start", "status": FULL.status, "headers": _headers(FULL, content)})
+    await send({"type": "http.response.body", "body": content})
+
+
+def _content(error: ApiError) -> bytes:
+    return json.dumps(error.body()).encode()
+
+
+def _headers(error: ApiError, content: bytes) -> list[tuple[bytes, bytes]]:
+    about = {"Content-Type": "application/json", "Content-Length": str(len(content)), **error.headers}
+    return [(name.lower().encode(), value.encode()) for name, value in about.items()]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sana.pipelines.images import read_recipe
-from sana.serving.app import build_app
+from sana.serving.app import build_app, mistakable
 from sana.serving.engine import Engine
 from sana.serving.service import Service
 from sana.serving.settings import ServerSettings
@@ -233,6 +233,25 @@ def test_a_stream_tells_every_step_previews_and_pictures(site, small):
         assert partial["partial_image_index"] == 0 and picture(partial).size == (64, 64)
         assert own[-1]["type"] == "image_generation.completed"
         assert np.array_equal(np.asarray(picture(own[-1])), np.asarray(offline[index]))
+
+
+@pytest.mark.parametrize("headers", [{"Content-Length": "2", "Transfer-Encoding": "chunked"}])
+@pytest.mark.parametrize("path", [POST, "/health", "/nothing"])
+def test_a_request_that_ends_in_two_places_is_refused_and_its_connection_closed(site, path, headers):
+    answer = site.ask("POST", path, content=b"{}", headers={"Content-Type": "application/json", **headers})
+    assert is_error(answer, 400)["code"] == "invalid_http" and answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("version", "names", "expected"),
+    [
+        ("1.1", ["content-length"], False), ("1.1", ["transfer-encoding"], False), ("1.0", ["content-length"], False),
+        ("1.1", ["transfer-encoding", "host", "content-length"], True), ("1.0", ["transfer-encoding"], True),
+    ],
+)  # fmt: skip
+def test_requests_that_a_proxy_could_take_for_others(version, names, expected):
+    headers = [(name.encode(), b"x") for name in names]
+    assert mistakable({"http_version": version, "headers": headers}) is expected
 
 
 VALUES = st.recursive(
