@@ -49,15 +49,7 @@ REFERENCE = {  # page -> modules, or packages with all that is in them
     "Web app": ["app"],
     "Utilities": ["sana.utils"],
 }
-TEXT = {
-    ".py": "python",
-    ".sh": "bash",
-    ".yaml": "yaml",
-    ".yml": "yaml",
-    ".toml": "toml",
-    ".json": "json",
-    ".css": "css",
-}
+LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json"}
 FENCE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?P<head>!?\[(?:[^\[\]]|\[[^\[\]]*\])*\]\()(?P<target>[^)\s]+)(?P<tail>(?:\s+\"[^\"]*\")?\))")
 TAG = re.compile(r"(?P<head><(?:img|a|source|video)\b[^>]*?\b(?:src|href)=\")(?P<target>[^\"]+)(?P<tail>\")")
