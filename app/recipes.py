@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from app.wishes import Limits, WishError, read_wish
 from sana.pipelines.batch_memory import scheme
 from sana.pipelines.images import read_recipe
@@ -20,6 +22,8 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NO_RECIPE = "This PNG holds no recipe; only pictures made by Sana, unchanged since, hold one."
 NO_PNG = "This file is no PNG picture; drop a PNG that was downloaded here."
 BROKEN = "This picture is damaged or its recipe is; its settings cannot be restored."
+# What Pillow raises for damaged files beside what `read_recipe` expects, and JSON that is nested without end.
+DAMAGED = (OSError, SyntaxError, struct.error, LookupError, TypeError, RecursionError, Image.DecompressionBombError)
 # What decides a picture beside the page's fields: shown where a dropped picture differs from what is made here.
 FIXED = {
     "sampler": "sampler", "flow_shift": "flow shift", "dtype": "precision", "interval_guidance": "guidance interval",
@@ -118,7 +122,13 @@ def read_dropped(path: str | Path) -> Recipe:
     width, height = struct.unpack(">II", head[16:24])
     if width * height > MAX_PIXELS:  # said before anything is decoded
         raise WishError(f"The picture says it has {width} x {height} pixels; that is more than are read here.")
-    stored = read_recipe(path)
+    try:
+        with Image.open(path) as image:  # a second header counts for Pillow
+            if image.width * image.height > MAX_PIXELS:
+                raise WishError(BROKEN)
+        stored = read_recipe(path)
+    except DAMAGED as error:
+        raise WishError(BROKEN) from error
     if stored is None:
         raise WishError(BROKEN if _mentions_recipe(path) else NO_RECIPE)
     try:
