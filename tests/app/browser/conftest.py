@@ -27,6 +27,9 @@ PIXELS = """image => {
         text += String.fromCharCode(...data.subarray(place, place + 8192));
     return [canvas.width, canvas.height, btoa(text)];
 }"""
+MARK = "status => status.querySelectorAll('*').forEach(one => one.dataset.before = 'yes')"
+NEWLY = """text => [...document.querySelectorAll('#status *:not([data-before])')]
+    .some(one => one.innerText.includes(text) && !one.querySelector('[data-before]'))"""
 DROP = """(zone, [content, name]) => {
     const bytes = Uint8Array.from(atob(content), one => one.charCodeAt(0));
     const carried = new DataTransfer();
@@ -110,6 +113,11 @@ class Visitor:
         self.randomise(seed is None)
         if seed is not None:
             self.type("seed", seed)
+        self.generate()
+
+    def generate(self) -> None:
+        """Presses the button; what the status says from before is marked, so that nobody takes it for the answer."""
+        self.find("status").evaluate(MARK)
         self.press("generate")
 
     def press(self, name: str) -> None:
@@ -133,7 +141,7 @@ class Visitor:
 
     def until_made(self, number: int = 1) -> list[np.ndarray]:
         """Waits for the end of a wish; returns the pixels (H, W, 3) of its pictures, as the browser shows them."""
-        self.until("status", f"{number} picture{'s' if number > 1 else ''} in ")
+        self.page.wait_for_function(NEWLY, arg=f"{number} picture{'s' if number > 1 else ''} in ")
         return self.pictures()
 
     def pictures(self) -> list[np.ndarray]:

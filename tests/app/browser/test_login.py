@@ -13,6 +13,12 @@ from tests.app.conftest import WAIT, AppProcess
 pytestmark = pytest.mark.slow
 
 
+def log_in(page, name, word):
+    page.get_by_label("username").fill(name)
+    page.get_by_label("password").fill(word)
+    page.get_by_role("button", name="Login").click()
+
+
 def test_a_password_lets_in_and_sigint_ends_the_work(browser, small_folder, tmp_path):
     people = tmp_path / "people"
     people.write_text("# who may come in\nme:a secret\n")
@@ -20,17 +26,14 @@ def test_a_password_lets_in_and_sigint_ends_the_work(browser, small_folder, tmp_
     try:
         visitor = Visitor(browser, app.url)
         page = visitor.page
-        page.get_by_label("username").fill("me")
-        page.get_by_label("password").fill("a guess")
-        page.get_by_role("button", name="Login").click()
+        log_in(page, "me", "a guess")
         page.get_by_text("Incorrect").wait_for()
         assert page.locator("#prompt").count() == 0
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{app.url}/config", timeout=WAIT)
         assert refused.value.code == 401 and "prompt" not in json.dumps(str(refused.value.read()))
 
-        page.get_by_label("password").fill("a secret")
-        page.get_by_role("button", name="Login").click()
+        log_in(page, "me", "a secret")
         assert "switched off" in visitor.text("safety-notice")
         visitor.ask("a red heart", steps=2)
         assert visitor.until_made()[0].shape == (64, 64, 3)
