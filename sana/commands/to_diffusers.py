@@ -51,12 +51,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, descript
     from sana.commands.to_diffusers_work import convert
 
     try:
-        convert(args)
+        pipeline = convert(args)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"{parser.prog.removesuffix('.py')}: {error}", file=sys.stderr)
         return 1
     text = (
-        f"{args.dump_path}: written; it loads with diffusers.SanaPipeline.from_pretrained"
+        f"{args.dump_path}: written; it loads with diffusers.{pipeline}.from_pretrained"
         if args.save_full_pipeline
         else f"{args.dump_path}/transformer: written"
     )

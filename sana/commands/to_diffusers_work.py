@@ -10,7 +10,7 @@ import torch
 
 from sana.config import SanaConfig, config_to_dict, load_config
 from sana.models import build_transformer
-from sana.models.diffusers_config import model_type_arch, official_config
+from sana.models.diffusers_config import model_type_arch, official_config, pipeline_class
 from sana.models.metadata import official_precision
 from sana.models.pipeline_folder import ExportOptions, export_pipeline
 from sana.models.text_encoder.chi import CHI_PROMPT
@@ -33,8 +33,11 @@ RELEASED = {
 }
 
 
-def convert(args: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace) -> str:
     """Reads the checkpoint and writes the folder.
+
+    Returns:
+        The name of diffusers' pipeline for the model.
 
     Raises:
         CheckpointError, FetchError, ConfigError: see the message.
@@ -60,6 +63,7 @@ def convert(args: argparse.Namespace) -> None:
         or defaults.text_encoder,
     )
     export_pipeline(args.dump_path, load_state_dict(source, ema=args.ema), metadata, options)
+    return pipeline_class(metadata.arch)
 
 
 def released(args: argparse.Namespace) -> str:

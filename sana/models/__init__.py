@@ -37,6 +37,7 @@ TRANSFORMERS = Registry(
         "SanaMSCM_600M_P1_D28": f"{_CM}:SanaMSCM_600M_P1_D28",
         "SanaMSCM_1600M_P1_D20": f"{_CM}:SanaMSCM_1600M_P1_D20",
         "SanaMSCM_2400M_P1_D30": f"{_CM}:SanaMSCM_2400M_P1_D30",
+        "SanaMSCM_Tiny_P1": f"{_CM}:SanaMSCM_Tiny_P1",
         "SanaMSControlNet_600M_P1_D28": f"{_CONTROLNET}:SanaMSControlNet_600M_P1_D28",
         "SanaMSControlNet_1600M_P1_D20": f"{_CONTROLNET}:SanaMSControlNet_1600M_P1_D20",
     },
@@ -112,7 +113,7 @@ def transformer_arguments(config: "SanaConfig") -> dict[str, object]:
         "logvar": model.logvar,
         "micro_condition": model.micro_condition,
     }
-    if model.model == "SanaMS_Tiny_P1" and isinstance(model.extra, dict):  # the released presets have fixed sizes
+    if model.model.endswith("_Tiny_P1") and isinstance(model.extra, dict):  # the released presets have fixed sizes
         arguments |= {key: model.extra[key] for key in ("depth", "hidden_size", "num_heads") if key in model.extra}
     return arguments
 

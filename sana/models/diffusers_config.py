@@ -20,6 +20,8 @@ FIXED = (
     ("y_norm", True),
     ("mlp_acts", ["silu", "silu", None]),
 )
+SIGMA_DATA = 0.5  # standard deviation of a Sprint model's data, as released
+_SPRINT_FACTOR = 1000.0  # timestep_norm_scale_factor of a Sprint model, whose network sees times in [0, 1]
 _SAMPLE_SIZE_PIXELS = 32  # image pixels for one latent pixel; official models all have it
 
 # Official sizes: (depth, hidden_size, num_heads)
@@ -98,6 +100,12 @@ def transformer_config(kwargs: Mapping[str, Any], state: Mapping[str, Tensor]) -
     hidden, heads, head_dim = kwargs["hidden_size"], kwargs["num_heads"], kwargs["linear_head_dim"]
     channels = kwargs["in_channels"]
     guidance = bool(kwargs.get("cfg_embed"))
+    factor = kwargs.get("timestep_norm_scale_factor", 1.0)
+    if guidance and factor != _SPRINT_FACTOR:
+        raise CheckpointError(
+            "diffusers' Sprint pipeline gives times in [0, 1], which needs scheduler.timestep_norm_scale_factor "
+            f"{_SPRINT_FACTOR:g}; this model has {factor:g}."
+        )
     config = {
         "_class_name": "SanaTransformer2DModel",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -121,8 +129,7 @@ def transformer_config(kwargs: Mapping[str, Any], state: Mapping[str, Tensor]) -
         "guidance_embeds": guidance,
         "guidance_embeds_scale": kwargs.get("cfg_embed_scale", 0.1) if guidance else 0.1,
         "qk_norm": "rms_norm_across_heads" if kwargs.get("qk_norm") else None,
-        # Sprint's pipeline gives t in [0, 1] itself
-        "timestep_scale": 1.0 if guidance else 1.0 / kwargs.get("timestep_norm_scale_factor", 1.0),
+        "timestep_scale": 1.0 if guidance else 1.0 / factor,  # Sprint's pipeline gives t in [0, 1] itself
     }
     _check_shapes(kwargs, state)
     return config
@@ -166,12 +173,18 @@ def arch_of_transformer(config: Mapping[str, Any], source: str) -> dict[str, Any
     return {"class": "SanaMSCM" if guidance else "SanaMS", "kwargs": kwargs}
 
 
-def scheduler_config(scheduler_type: str, flow_shift: float) -> dict[str, Any]:
+def pipeline_class(arch: Mapping[str, Any]) -> str:
+    """The name of diffusers' pipeline for an architecture."""
+    return "SanaSprintPipeline" if arch["kwargs"].get("cfg_embed") else "SanaPipeline"
+
+
+def scheduler_config(scheduler_type: str, flow_shift: float, sigma_data: float = SIGMA_DATA) -> dict[str, Any]:
     """The `scheduler/scheduler_config.json` for one of the official converter's scheduler types.
 
     Args:
         scheduler_type: "flow-dpm_solver", "flow-euler" or "scm".
         flow_shift: shift of the schedule; "scm" has none.
+        sigma_data: standard deviation of the data; only "scm" has it.
 
     Raises:
         ValueError: unknown scheduler type.
@@ -191,7 +204,7 @@ def scheduler_config(scheduler_type: str, flow_shift: float) -> dict[str, Any]:
     elif scheduler_type == "flow-euler":
         own = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": flow_shift}
     elif scheduler_type == "scm":
-        own = {"_class_name": "SCMScheduler", "prediction_type": "trigflow", "sigma_data": 0.5}
+        own = {"_class_name": "SCMScheduler", "prediction_type": "trigflow", "sigma_data": sigma_data}
     else:
         raise ValueError(f"scheduler_type {scheduler_type!r} is unknown; allowed are {', '.join(SCHEDULERS)}.")
     return {"_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000} | own
@@ -270,9 +283,9 @@ def preset_name(arch: Mapping[str, Any]) -> str | None:
 
 
 def _nearest_preset(arch: Mapping[str, Any]) -> str:
-    """A preset of the same class and patch size, for `model.extra` to resize."""
+    """A preset of the same class and patch size; of patches of 1, the one that `model.extra` resizes."""
     patch = arch["kwargs"]["patch_size"]
-    return "SanaMS_Tiny_P1" if (arch["class"], patch) == ("SanaMS", 1) else f"{arch['class']}_600M_P{patch}_D28"
+    return f"{arch['class']}_Tiny_P1" if patch == 1 else f"{arch['class']}_600M_P{patch}_D28"
 
 
 def _base_kwargs() -> dict[str, Any]:
@@ -300,7 +313,7 @@ def _sprint_kwargs(cfg_embed_scale: float) -> dict[str, Any]:
         "logvar": True,
         "class_dropout_prob": 0.0,
         "cross_attn_type": "vanilla",
-        "timestep_norm_scale_factor": 1000.0,
+        "timestep_norm_scale_factor": _SPRINT_FACTOR,
     }
 
 

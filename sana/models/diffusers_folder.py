@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sana.models.checkpoint import CheckpointError, extra_file
 from sana.models.diffusers_config import (
+    SIGMA_DATA,
     arch_of_transformer,
     official_config,
     sampler_of_scheduler,
@@ -26,6 +27,10 @@ from sana.models.metadata import CheckpointMetadata, cast_state, read_file_metad
 from sana.models.text_encoder.chi import CHI_PROMPT
 
 MAX_SHARD_BYTES = 5 * 10**9
+CONTROLNET = (
+    "diffusers' ControlNet computes something else than Sana's: its branch starts before the first block and is added "
+    "after a block, Sana's starts after the first block and is added before one."
+)
 
 
 def write_transformer(
@@ -53,6 +58,8 @@ def write_transformer(
     Raises:
         CheckpointError: diffusers cannot express the model, or the weights are of another one.
     """
+    if metadata.arch.get("class") == "SanaMSControlNet":
+        raise CheckpointError(f"A ControlNet is not converted. {CONTROLNET}")
     config = transformer_config(metadata.arch["kwargs"], state)
     kept, extra, strangers = to_diffusers(cast_state(state, dtype))
     if strangers:
@@ -63,9 +70,9 @@ def write_transformer(
     write_json(folder / "config.json", config)
 
 
-def write_scheduler(folder: Path, scheduler_type: str, flow_shift: float) -> str:
+def write_scheduler(folder: Path, scheduler_type: str, flow_shift: float, sigma_data: float = SIGMA_DATA) -> str:
     """Writes `scheduler_config.json`; returns the name of the scheduler's class."""
-    config = scheduler_config(scheduler_type, flow_shift)
+    config = scheduler_config(scheduler_type, flow_shift, sigma_data)
     write_json(folder / "scheduler_config.json", config)
     return config["_class_name"]
 
@@ -87,6 +94,7 @@ def read_folder_metadata(root: Path, weights: Path) -> CheckpointMetadata | None
     if not weights.name.startswith("diffusion_pytorch_model") or not (weights.parent / "config.json").is_file():
         return None
     pipeline = weights.parent.parent if weights.parent.name == "transformer" else weights.parent
+    _refuse_controlnet(pipeline)
     extra = extra_file(weights)
     metadata = read_file_metadata(extra) if extra.is_file() else None
     metadata = metadata or _describe(pipeline, weights.parent / "config.json")
@@ -98,17 +106,28 @@ def read_folder_metadata(root: Path, weights: Path) -> CheckpointMetadata | None
     return metadata
 
 
+def _refuse_controlnet(pipeline: Path) -> None:
+    """Raises CheckpointError for a folder whose network has a second part that would be left out."""
+    index = pipeline / "model_index.json"
+    if index.is_file() and "controlnet" in read_json(index):
+        raise CheckpointError(
+            f"{pipeline} holds a ControlNet of diffusers. {CONTROLNET} Load the official .pth with its YAML instead."
+        )
+
+
 def _describe(pipeline: Path, transformer: Path) -> CheckpointMetadata:
     """The metadata that diffusers' JSON files imply."""
     arch = arch_of_transformer(read_json(transformer), str(transformer))
     scheduler = pipeline / "scheduler" / "scheduler_config.json"
     default = "scm" if arch["class"] == "SanaMSCM" else "flow_dpm-solver"
-    sampler, flow_shift = sampler_of_scheduler(read_json(scheduler)) if scheduler.is_file() else (default, 3.0)
+    schedule = read_json(scheduler) if scheduler.is_file() else {}
+    sampler, flow_shift = sampler_of_scheduler(schedule) if schedule else (default, 3.0)
     vae = pipeline / "vae" / "config.json"
     stages = read_json(vae).get("encoder_block_out_channels", []) if vae.is_file() else []
     config = official_config(arch, sampler, flow_shift, 2 ** (len(stages) - 1) if stages else 32)
     chi_prompt = list(CHI_PROMPT)  # every released model was trained with it
     config["text_encoder"]["chi_prompt"] = chi_prompt
+    config["scheduler"]["sigma_data"] = float(schedule.get("sigma_data", SIGMA_DATA))
     if vae.is_file():
         config["vae"]["vae_pretrained"] = "vae"
     if (pipeline / "text_encoder" / "config.json").is_file():

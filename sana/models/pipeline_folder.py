@@ -19,7 +19,7 @@ from sana.models.autoencoder.dc_ae import DCAE
 from sana.models.autoencoder.dc_ae_keys import config_to_diffusers, to_diffusers_state_dict
 from sana.models.autoencoder.loading import load_autoencoder, save_autoencoder
 from sana.models.checkpoint import CheckpointError, find_weights, load_state_dict, read_file
-from sana.models.diffusers_config import DIFFUSERS_VERSION
+from sana.models.diffusers_config import DIFFUSERS_VERSION, SIGMA_DATA, pipeline_class
 from sana.models.diffusers_folder import (
     read_json,
     weight_name,
@@ -97,7 +97,7 @@ def export_pipeline(
     """
     folder = Path(folder)
     index: dict[str, Any] = {
-        "_class_name": "SanaSprintPipeline" if metadata.arch["kwargs"].get("cfg_embed") else "SanaPipeline",
+        "_class_name": pipeline_class(metadata.arch),
         "_diffusers_version": DIFFUSERS_VERSION,
     }
     vae, text_encoder = "vae", "text_encoder"
@@ -107,7 +107,8 @@ def export_pipeline(
     write_transformer(folder / "transformer", state, metadata, dtype=options.dtype, variant=options.variant)
     if not options.full:
         return
-    scheduler = write_scheduler(folder / "scheduler", options.scheduler_type, metadata.flow_shift)
+    sigma_data = float(metadata.config.get("scheduler", {}).get("sigma_data", SIGMA_DATA))
+    scheduler = write_scheduler(folder / "scheduler", options.scheduler_type, metadata.flow_shift, sigma_data)
     write_autoencoder(folder / "vae", options.vae, options.dtype, options.variant)
     text_class, tokenizer_class = write_text_encoder(folder, options.text_encoder, options.dtype, options.variant)
     index |= {

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 
 from sana.config import SanaConfig, config_from_dict, config_to_dict
-from sana.models import build_transformer, transformer_arguments
+from sana.models import build_transformer
 from sana.models.autoencoder.dc_ae import DCAE
 from sana.models.autoencoder.dc_ae_keys import config_from_diffusers, from_diffusers_state_dict
 from sana.models.autoencoder.loading import save_autoencoder
-from sana.models.transformer.sana_cm import SanaMSCM
 from sana.models.weights import CheckpointMetadata, load_weights, save_checkpoint
 from tests.parity.common import Case, parity_folder
 
@@ -31,7 +30,7 @@ def tiny_config(sprint: bool = False) -> SanaConfig:
     recorded = PACK.load("e2e/config_sprint.json" if sprint else "e2e/config.json")
     raw = dict(recorded["official_yaml_as_json"])
     size = {key: recorded["sana_ms"][key] for key in ("depth", "hidden_size", "num_heads")}
-    raw["model"] = raw["model"] | {"model": "SanaMSCM_600M_P1_D28" if sprint else "SanaMS_Tiny_P1", "extra": size}
+    raw["model"] = raw["model"] | {"model": "SanaMSCM_Tiny_P1" if sprint else "SanaMS_Tiny_P1", "extra": size}
     raw["model"]["logvar"] = False  # the recorded weights have no such head
     raw["vae"] = raw["vae"] | {"vae_pretrained": "vae"}
     raw["text_encoder"] = raw["text_encoder"] | {"text_encoder_name": "text_encoder"}
@@ -46,10 +45,8 @@ def tiny_state(sprint: bool = False, part: str = "dit") -> dict[str, torch.Tenso
 
 
 def tiny_transformer(sprint: bool = False) -> torch.nn.Module:
-    """The recorded transformer; no preset has the size of the Sprint one."""
-    config = tiny_config(sprint)
-    arguments = {"patch_size": 1, **transformer_arguments(config), **config.model.extra}
-    model = SanaMSCM(**arguments) if sprint else build_transformer(config)
+    """The recorded transformer."""
+    model = build_transformer(tiny_config(sprint))
     load_weights(model, tiny_state(sprint))
     return model.eval()
 

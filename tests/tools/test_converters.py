@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from sana.diffusion import SAMPLERS
+from sana.models.diffusers_config import transformer_config
 from sana.models.transformer.sana import SanaMS
-from sana.models.weights import load_state_dict, load_weights, read_metadata
+from sana.models.transformer.sana_cm import SanaMSCM
+from sana.models.weights import CheckpointError, load_state_dict, load_weights, read_metadata, save_checkpoint
 from sana.pipelines.sana_pipeline import SanaPipeline
 from tests.models.tiny_folder import tiny_metadata, tiny_state, tiny_transformer, write_tiny_folder
 from tools import convert_diffusers_to_sana, convert_sana_to_diffusers
@@ -215,6 +217,124 @@ def test_a_sprint_model_computes_the_same_in_diffusers(tmp_path: Path) -> None:
         expected = network(latents, text, times, guidance=guidance * 0.1, return_dict=False)[0]
         plain = model(latents, times * 1000, text[:, None], data_info={"cfg_scale": guidance})
     assert (plain - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-6
+
+
+class GivenAngles(diffusers.SCMScheduler):
+    """diffusers' solver of Sprint models on a given list of angles, 0 at its end."""
+
+    given: tuple[float, ...]
+
+    def set_timesteps(self, num_inference_steps: int, *_: object, **__: object) -> None:
+        super().set_timesteps(
+            len(self.given) - 1, timesteps=list(self.given), max_timesteps=None, intermediate_timesteps=None
+        )
+
+
+@pytest.fixture(scope="module")
+def sprint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`ours`, a Sprint model, `theirs` converted from it, `back` from that, and `foreign`, which diffusers wrote."""
+    root = tmp_path_factory.mktemp("sprint")
+    ours = write_tiny_folder(root / "ours", sprint=True)
+    export = ["--orig_ckpt_path", str(ours), "--dump_path", str(root / "theirs"), "--save_full_pipeline"]
+    assert convert_sana_to_diffusers.main(export) == 0
+    back = ["--diffusers_path", str(root / "theirs"), "--dump_path", str(root / "back"), "--save_full_pipeline"]
+    assert convert_diffusers_to_sana.main(back) == 0
+    diffusers.SanaSprintPipeline.from_pretrained(root / "theirs", torch_dtype=torch.float32).save_pretrained(
+        root / "foreign"
+    )
+    return root
+
+
+@pytest.mark.parametrize("angles", [(1.5708, 0.0), (1.5708, 1.3, 0.0), (1.55, 1.2, 0.7, 0.2, 0.0)])
+def test_a_sprint_folder_makes_the_same_picture_in_diffusers(
+    sprint: Path, latents: torch.Tensor, angles: tuple[float, ...]
+) -> None:
+    theirs = diffusers.SanaSprintPipeline.from_pretrained(sprint / "theirs", torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = GivenAngles.from_config(theirs.scheduler.config)
+    theirs.scheduler.given = angles
+    ours = SanaPipeline.from_pretrained(sprint / "ours", device="cpu", dtype="fp32")
+    shared = {"prompt": "a cat", "guidance_scale": 3.5, "num_inference_steps": len(angles) - 1}
+    expected = pictures(
+        theirs,
+        latents=latents,
+        generator=torch.Generator().manual_seed(5),
+        intermediate_timesteps=1.3 if len(angles) == 3 else None,
+        complex_human_instruction=ours.config.text_encoder.chi_prompt,
+        max_sequence_length=ours.config.text_encoder.model_max_length,
+        **shared,
+    )
+    arguments = shared | {"latents": latents * ours.config.scheduler.sigma_data, "timesteps": angles}
+    image = ours(generator=torch.Generator().manual_seed(5), progress_bar=False, **SIZE, **arguments)
+    assert image.abs().max() > 0.5
+    assert (image.clamp(-1, 1) - expected).abs().max() <= LIMIT
+
+
+def test_a_sprint_folder_loads_in_ours_wherever_it_comes_from(sprint: Path, latents: torch.Tensor) -> None:
+    images = []
+    for place in ("ours", "theirs", "back", "foreign"):
+        pipeline = SanaPipeline.from_pretrained(sprint / place, device="cpu", dtype="fp32")
+        assert isinstance(pipeline.transformer, SanaMSCM)
+        assert (pipeline.config.scheduler.vis_sampler, pipeline.config.scheduler.sigma_data) == ("scm", 0.5)
+        generator = torch.Generator().manual_seed(5)
+        images.append(pipeline("a cat", latents=latents, generator=generator, progress_bar=False, **SIZE))
+    assert all(torch.equal(image, images[0]) for image in images[1:])
+    state = {key: value for key, value in tiny_state(sprint=True).items() if key != "pos_embed"}
+    back = load_state_dict(sprint / "back")
+    assert set(back) == set(state) and all(torch.equal(back[key], state[key]) for key in state)
+    assert read_metadata(sprint / "back") == read_metadata(sprint / "ours")
+
+
+def test_the_converter_names_the_pipeline_that_loads_its_folder(
+    sprint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = json.loads((sprint / "theirs/model_index.json").read_text())
+    assert (index["_class_name"], index["scheduler"]) == ("SanaSprintPipeline", ["diffusers", "SCMScheduler"])
+    arguments = [
+        "--orig_ckpt_path",
+        str(sprint / "ours"),
+        "--dump_path",
+        str(tmp_path / "again"),
+        "--save_full_pipeline",
+    ]
+    assert convert_sana_to_diffusers.main(arguments) == 0
+    assert "it loads with diffusers.SanaSprintPipeline.from_pretrained" in capsys.readouterr().out
+    assert convert_sana_to_diffusers.main([*arguments, "--scheduler_type", "flow-euler"]) == 1
+    assert "does not fit SanaMSCM" in capsys.readouterr().err
+
+
+def test_the_data_scale_of_a_sprint_model_travels(tmp_path: Path) -> None:
+    from sana.models.diffusers_folder import read_folder_metadata, write_scheduler
+
+    weights = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    kwargs = tiny_metadata(sprint=True).arch["kwargs"]
+    config = transformer_config(kwargs, tiny_state(sprint=True))
+    (weights.parent / "config.json").write_text(json.dumps(config))
+    assert write_scheduler(tmp_path / "scheduler", "scm", 1.0, 0.25) == "SCMScheduler"
+    assert read_folder_metadata(tmp_path, weights).config["scheduler"]["sigma_data"] == 0.25
+    with pytest.raises(CheckpointError, match="timestep_norm_scale_factor 1000; this model has 1"):
+        transformer_config({**kwargs, "timestep_norm_scale_factor": 1.0}, tiny_state(sprint=True))
+
+
+def test_a_controlnet_is_refused_both_ways(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = tiny_metadata()
+    metadata.arch["class"] = "SanaMSControlNet"
+    save_checkpoint(tmp_path / "control.safetensors", tiny_state(), metadata)
+    export = ["--orig_ckpt_path", str(tmp_path / "control.safetensors"), "--dump_path", str(tmp_path / "out")]
+    assert convert_sana_to_diffusers.main(export) == 1
+    assert "A ControlNet is not converted. diffusers' ControlNet computes something else" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+    shutil.copytree(folders / "theirs", tmp_path / "theirs")
+    index = tmp_path / "theirs/model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"controlnet": ["diffusers", "SanaControlNetModel"]}))
+    back = ["--diffusers_path", str(tmp_path / "theirs"), "--dump_path", str(tmp_path / "back.safetensors")]
+    assert convert_diffusers_to_sana.main(back) == 1
+    assert "holds a ControlNet of diffusers" in capsys.readouterr().err
+    assert not (tmp_path / "back.safetensors").exists()
+    with pytest.raises(CheckpointError, match="holds a ControlNet of diffusers"):
+        SanaPipeline.from_pretrained(tmp_path / "theirs", device="cpu")
 
 
 # The command line

@@ -36,3 +36,4 @@ class SanaMSCM(SanaMS):
 SanaMSCM_600M_P1_D28 = partial(SanaMSCM, depth=28, hidden_size=1152, num_heads=16, patch_size=1)
 SanaMSCM_1600M_P1_D20 = partial(SanaMSCM, depth=20, hidden_size=2240, num_heads=20, patch_size=1)
 SanaMSCM_2400M_P1_D30 = partial(SanaMSCM, depth=30, hidden_size=2240, num_heads=20, patch_size=1)
+SanaMSCM_Tiny_P1 = partial(SanaMSCM, depth=6, hidden_size=224, num_heads=7, patch_size=1)

@@ -60,7 +60,7 @@ PRESETS = {
 
 
 def test_presets_are_complete_and_have_the_released_shapes() -> None:
-    assert set(TRANSFORMERS) == {*PRESETS, "SanaMS_Tiny_P1"}
+    assert set(TRANSFORMERS) == {*PRESETS, "SanaMS_Tiny_P1", "SanaMSCM_Tiny_P1"}
     for name, (kind, depth, width, heads, patch) in PRESETS.items():
         preset: partial = TRANSFORMERS[name]
         assert preset.func is kind
@@ -69,6 +69,8 @@ def test_presets_are_complete_and_have_the_released_shapes() -> None:
         assert preset.keywords.get("truncate_timestep", True) is (kind is not Sana)
 
 
-def test_the_size_of_the_tiny_preset_can_be_given() -> None:
-    model = TRANSFORMERS["SanaMS_Tiny_P1"](**{**SMALL, "hidden_size": 48, "depth": 3, "num_heads": 2})
+@pytest.mark.parametrize(("name", "kind"), [("SanaMS_Tiny_P1", SanaMS), ("SanaMSCM_Tiny_P1", SanaMSCM)])
+def test_the_size_of_a_tiny_preset_can_be_given(name: str, kind: type[SanaMS]) -> None:
+    model = TRANSFORMERS[name](**{**SMALL, "hidden_size": 48, "depth": 3, "num_heads": 2})
+    assert type(model) is kind
     assert (model.architecture.hidden_size, len(model.blocks), model.blocks[0].cross_attn.num_heads) == (48, 3, 2)
