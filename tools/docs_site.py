@@ -26,12 +26,13 @@ OUTSIDE = {  # Markdown of the repository outside asset/docs -> its page
     "CHANGELOG.md": "project/changelog.md",
     "asset/models/sana_tiny/README.md": "project/sana_tiny.md",
 }
-GUIDES = {  # section -> pages of asset/docs in their order; pages that stand in none are put into the last
+GUIDES = {  # section -> pages of asset/docs in their order; a page that stands in none is put into the last
     "Make pictures": ["web_app", "cli", "docker", "serving", "comfyui", "upscaling"],
     "Models and training": ["models", "training", "autoencoder_training", "conversion", "quantization"],
     "Speed and memory": ["performance", "approximations", "memory"],
     "Inside": ["architecture", "parity"],
 }
+MEASURED = "benchmarks/"  # reports of machines, whose titles are alike
 REFERENCE = {  # page -> modules, or packages with all that is in them
     "SanaPipeline": ["sana.pipelines.sana_pipeline", "sana.pipelines.request"],
     "Pipelines": ["sana.pipelines"],
@@ -54,7 +55,8 @@ FENCE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ \t]*$", re.MULTILINE |
 LINK = re.compile(r"(?P<head>!?\[(?:[^\[\]]|\[[^\[\]]*\])*\]\()(?P<target>[^)\s]+)(?P<tail>(?:\s+\"[^\"]*\")?\))")
 TAG = re.compile(r"(?P<head><(?:img|a|source|video)\b[^>]*?\b(?:src|href)=\")(?P<target>[^\"]+)(?P<tail>\")")
 ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|#|/", re.IGNORECASE)
-STYLE = """/* Wide tables and pictures on narrow screens; signatures that break. */
+STYLE = """/* Room for commands on wide screens; tables and pictures on narrow ones; names that break. */
+.md-grid { max-width: 70rem; }
 .md-typeset img { max-width: 100%; height: auto; }
 .md-typeset table:not([class]) th { min-width: 0; }
 .md-typeset td code { word-break: normal; overflow-wrap: normal; }
@@ -166,7 +168,7 @@ def modules_of(name: str) -> list[str]:
     folder = ROOT / name.replace(".", "/")
     if not folder.is_dir():
         return [name]
-    others = {one for names in REFERENCE.values() for one in names} - {name}
+    others = {one for names in REFERENCE.values() for one in names if one.startswith(f"{name}.")}
     found = []
     for path in sorted(folder.rglob("*.py")):
         module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
@@ -198,13 +200,17 @@ def navigation(pages: list[str]) -> list[Any]:
     Args:
         pages: pages of asset/docs, relative to it.
     """
-    left = [page.removesuffix(".md") for page in sorted(pages)]
+    left = [page.removesuffix(".md") for page in sorted(pages) if not page.startswith(MEASURED)]
+    reports = [
+        {page.removeprefix(MEASURED).removesuffix(".md"): page} for page in sorted(pages) if page.startswith(MEASURED)
+    ]
     known = {page for order in GUIDES.values() for page in order}
     sections = {section: [page for page in order if page in left] for section, order in GUIDES.items()}
     sections[list(GUIDES)[-1]] += [page for page in left if page not in known]
+    guides = [{section: [f"{page}.md" for page in chosen]} for section, chosen in sections.items()]
     return [
         {"Start": "index.md"},
-        {"Guides": [{section: [f"{page}.md" for page in chosen]} for section, chosen in sections.items()]},
+        {"Guides": guides + ([{"Measured": reports}] if reports else [])},
         {"Reference": [{title: reference_name(title)} for title in REFERENCE]},
         {
             "Project": [
