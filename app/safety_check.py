@@ -212,10 +212,11 @@ def load_shield(options: DemoOptions) -> ShieldCheck:
         FetchError: it cannot be had.
         CheckpointError: it cannot be used.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     path = options.shield_model_path
     folder = find_shield(path, None if options.safety_required else HUB_SECONDS)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds, and often there is no folder
+
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     logger.info("loading ShieldGemma from %s", folder)
     try:

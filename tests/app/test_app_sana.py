@@ -1,6 +1,8 @@
 """The command of the web app: where options go, one sentence for what cannot be, start and end as a process."""
 
 import importlib
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -121,9 +123,19 @@ def test_help_needs_no_gradio_and_no_torch():
     assert "DEMO_PORT" in done.stdout and "--share" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_as_a_process_it_says_where_it_is_and_ends_when_asked(number, small_folder, tmp_path):
-    """Started from another folder, on a port of DEMO_PORT."""
+def test_the_guide_is_right_about_options():
+    text = (ROOT / "asset/docs/web_app.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    calls = re.findall(r"^(?:sana app|DEMO_PORT=\d+ +python app/app_sana\.py)(.*)$", blocks, re.MULTILINE)
+    assert len(calls) == 4
+    for call in calls:
+        assert parse_with_overrides(build_parser(), shlex.split(call))[1] == []
+    options = {name for action in build_parser()._actions for name in action.option_strings if name.startswith("--")}
+    assert options - {"--help"} == set(re.findall(r"`(--[a-z_]+)[`=]", text.replace("--section.key=value", "")))
+
+
+def test_as_a_process_it_says_where_it_is_and_ends_when_asked(small_folder, tmp_path):
+    """Started from another folder, on a port of DEMO_PORT; SIGINT is sent in tests/app/browser."""
     pytest.importorskip("gradio", reason="needs: pip install 'sana-python[gradio]'")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -134,7 +146,7 @@ def test_as_a_process_it_says_where_it_is_and_ends_when_asked(number, small_fold
             assert answer.status == 200 and b'"title":"Sana"' in answer.read()
         assert "prompts are not checked" in app.log
     finally:
-        code = app.end(number)
+        code = app.end(signal.SIGTERM)
     assert code == 0, app.log
     assert app.ended_silently and "Traceback" not in app.log
     assert list(Path(tmp_path).iterdir()) == []
