@@ -44,7 +44,7 @@ def build_demo(
             them. None for a pipeline of its weights alone.
 
     Returns:
-        The Blocks. `.page` holds the functions behind the buttons; `.close()` stops the work and removes the pictures.
+        The Blocks. `.actions` holds the functions behind the buttons; `.close()` stops the work and removes the pictures.
 
     Raises:
         StyleError: a file of styles is broken.
@@ -68,8 +68,8 @@ def build_demo(
     gr.set_static_paths([studio.folder.path])  # served as they are: neither copied nor encoded anew
     with Demo(title="Sana", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         parts = arrange(limits, options, pipeline, safety.notice)
-        demo.page = Page(studio, limits, parts)
-        _connect(demo, demo.page, parts)
+        demo.actions = Page(studio, limits, parts)
+        _connect(demo, demo.actions, parts)
     demo.queue(default_concurrency_limit=8, max_size=options.max_queue + 64)
     return demo
 
@@ -96,9 +96,7 @@ class Page:
         self.parts = parts
         self._gr = _gradio()
 
-    async def generate(
-        self, stored: object, *values: Any, owner: str | None = None
-    ) -> AsyncIterator[dict[Any, Any]]:
+    async def generate(self, stored: object, *values: Any, owner: str | None = None) -> AsyncIterator[dict[Any, Any]]:
         """Makes pictures; yields the page's changes while they come.
 
         Args:

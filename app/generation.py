@@ -4,6 +4,7 @@ A `Studio` holds the pipeline. Wishes wait in line; one thread at a time works, 
 appears as soon as it is done and is the very picture that the pipeline makes of its seed alone.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -51,7 +52,8 @@ class Progress:
         phase: one of the constants of this file.
         place: wishes before it, while it waits.
         picture, pictures: number of the one in work, from 1, and of all.
-        step, steps: steps taken of the picture in work, and of all.
+        step, steps: steps taken of the picture in work, and all of it.
+        share: of the steps of all pictures, from 0 to 1.
         elapsed: seconds since its work began.
         remaining: seconds left, estimated from the steps so far; None before there are two.
     """
@@ -62,6 +64,7 @@ class Progress:
     pictures: int = 0
     step: int = 0
     steps: int = 0
+    share: float = 0.0
     elapsed: float = 0.0
     remaining: float | None = None
 
@@ -73,6 +76,7 @@ class Job:
     Attributes:
         wish: what is asked for.
         owner: whose it is: a session of the page; None for a caller that has none.
+        calls: of the pipeline.
         pictures: those that are finished, also of a wish that was cancelled.
         error: one sentence, where it failed or was refused.
         cancelled: whether somebody asked to stop it.
@@ -81,6 +85,7 @@ class Job:
 
     wish: Wish
     owner: str | None = None
+    calls: int = 1
     pictures: list[Picture] = field(default_factory=list)
     error: str | None = None
     cancelled: bool = False
@@ -91,16 +96,16 @@ class Job:
     _step: int = 0
     _began: float | None = None
     _ticks: list[float] = field(default_factory=list)  # when the first and the last step ended
-    _taken: int = 0  # steps of all pictures
+    _taken: int = 0  # steps of all calls
 
     def progress(self) -> Progress:
         """Returns where it is now."""
         elapsed = 0.0 if self._began is None else time.monotonic() - self._began
-        remaining = None
+        remaining, whole = None, self.wish.steps * self.calls
         if len(self._ticks) == 2 and self._taken > 1:
             pace = (self._ticks[1] - self._ticks[0]) / (self._taken - 1)
             since = time.monotonic() - self._ticks[1]
-            remaining = max(0.0, pace * (self.wish.steps * self.wish.number - self._taken) - since)
+            remaining = max(0.0, pace * (whole - self._taken) - since)
         return Progress(
             phase=DONE if self.ended.is_set() else self._phase,
             place=self.place,
@@ -108,6 +113,7 @@ class Job:
             pictures=self.wish.number,
             step=self._step,
             steps=self.wish.steps,
+            share=self._taken / whole,
             elapsed=elapsed,
             remaining=remaining,
         )
@@ -132,6 +138,13 @@ class Job:
         """The pipeline's `callback_on_step_end`."""
         step = min(index + 1, self.wish.steps)
         self.enter(DRAWING if step < self.wish.steps else DECODING, step)
+
+    def add(self, pictures: Sequence[Picture]) -> None:
+        """Takes finished pictures."""
+        self.pictures += pictures
+        if len(self.pictures) < self.wish.number:
+            self._step = 0
+        self.on_change()
 
     def end(self, error: str | None = None) -> None:
         """Ends it, with a sentence where it failed."""
@@ -169,9 +182,7 @@ class Studio:
         self._waiting: deque[Job] = deque()
         self._active: Job | None = None
 
-    def submit(
-        self, wish: Wish, owner: str | None = None, on_change: Callable[[], None] = lambda: None
-    ) -> Job:
+    def submit(self, wish: Wish, owner: str | None = None, on_change: Callable[[], None] = lambda: None) -> Job:
         """Puts a wish in line.
 
         Args:
@@ -182,10 +193,10 @@ class Studio:
         Raises:
             BusyError: the line is full, or the owner has a wish in it.
         """
-        job = Job(wish, owner, on_change=on_change)
+        job = Job(wish, owner, math.ceil(wish.number / self.options.bs), on_change=on_change)
         with self._lock:
             here = [*self._waiting, *([self._active] if self._active else [])]
-            if owner is not None and any(one.owner == owner for one in here):
+            if owner is not None and any(one.owner == owner and not one.cancelled for one in here):
                 raise BusyError("This page is making pictures already; wait for them, or cancel them first.")
             if self._active is not None and len(self._waiting) >= self.options.max_queue:
                 raise BusyError(f"The queue is full: {len(self._waiting)} wishes are waiting; try again in a minute.")
@@ -265,9 +276,8 @@ class Studio:
         for start in range(0, wish.number, self.options.bs):
             recipes = [self._recipe(wish, index) for index in range(start, min(start + self.options.bs, wish.number))]
             job.enter(DRAWING)
-            for recipe, image in zip(recipes, self._draw(wish, recipes, job), strict=True):
-                job.pictures.append(self.folder.keep(image, recipe))
-            job.on_change()
+            images = self._draw(wish, recipes, job)
+            job.add([self.folder.keep(image, recipe) for image, recipe in zip(images, recipes, strict=True)])
         return None
 
     def _recipe(self, wish: Wish, index: int) -> Recipe:

@@ -30,8 +30,7 @@ def note(text: str) -> str:
 
 def status(progress: Progress) -> str:
     """Returns the status area of a wish that is on its way: what is done, a bar, elapsed and remaining time."""
-    taken = (progress.picture - 1) * progress.steps + progress.step
-    whole = max(1, progress.pictures * progress.steps)
+    percent = 100 * min(progress.share, 1.0)
     time = seconds(progress.elapsed)
     if progress.remaining is not None:
         time += f" · about {seconds(progress.remaining)} left"
@@ -45,8 +44,8 @@ def status(progress: Progress) -> str:
     }[progress.phase]
     says = says[0].upper() + says[1:]
     known = progress.phase in (DRAWING, DECODING)
-    bar = f'style="width:{100 * min(taken / whole, 1):.1f}%"' if known else 'class="unknown"'
-    value = f'aria-valuenow="{100 * taken // whole}"' if known else ""
+    bar = f'style="width:{percent:.1f}%"' if known else 'class="unknown"'
+    value = f'aria-valuenow="{percent:.0f}"' if known else ""
     return (
         f'<div class="line"><span>{escape(says)}</span><span class="time">'
         f"{'' if progress.phase == WAITING else escape(time)}</span></div>"

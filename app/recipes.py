@@ -23,7 +23,16 @@ NO_RECIPE = "This PNG holds no recipe; only pictures made by Sana, unchanged sin
 NO_PNG = "This file is no PNG picture; drop a PNG that was downloaded here."
 BROKEN = "This picture is damaged or its recipe is; its settings cannot be restored."
 # What Pillow raises for damaged files beside what `read_recipe` expects, and JSON that is nested without end.
-DAMAGED = (OSError, SyntaxError, struct.error, LookupError, TypeError, RecursionError, Image.DecompressionBombError)
+DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    struct.error,
+    LookupError,
+    TypeError,
+    RecursionError,
+    Image.DecompressionBombError,
+)
 # What decides a picture beside the page's fields: shown where a dropped picture differs from what is made here.
 FIXED = {
     "sampler": "sampler", "flow_shift": "flow shift", "dtype": "precision", "interval_guidance": "guidance interval",

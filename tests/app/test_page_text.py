@@ -36,8 +36,14 @@ def test_no_error_is_no_element() -> None:
         (Progress(CHECKING, pictures=1, picture=1, steps=4), "Checking the prompt"),
         (Progress(LOADING, pictures=1, picture=1, steps=4), "Preparing the model"),
         (Progress(DRAWING, pictures=1, picture=1, step=3, steps=4), "Step 3 of 4"),
-        (Progress(DRAWING, pictures=3, picture=2, step=3, steps=4, elapsed=2, remaining=65), "Picture 2 of 3 · step 3 of 4"),
-        (Progress(DRAWING, pictures=3, picture=2, step=3, steps=4, elapsed=2, remaining=65), "2.0 s · about 1 min 05 s left"),
+        (
+            Progress(DRAWING, pictures=3, picture=2, step=3, steps=4, elapsed=2, remaining=65),
+            "Picture 2 of 3 · step 3 of 4",
+        ),
+        (
+            Progress(DRAWING, pictures=3, picture=2, step=3, steps=4, elapsed=2, remaining=65),
+            "2.0 s · about 1 min 05 s left",
+        ),
         (Progress(DECODING, pictures=1, picture=1, step=4, steps=4), "painting the pixels"),
     ],
 )
@@ -45,13 +51,11 @@ def test_the_status_says_where_it_is(progress: Progress, says: str) -> None:
     assert says in page_text.status(progress)
 
 
-def test_the_bar_grows_to_the_end() -> None:
-    def width(picture: int, step: int) -> float:
-        text = page_text.status(Progress(DRAWING, pictures=2, picture=picture, step=step, steps=4))
-        return float(text.split("width:")[1].split("%")[0])
-
-    widths = [width(picture, step) for picture in (1, 2) for step in range(5)]
-    assert widths == sorted(widths) and (widths[0], widths[-1]) == (0.0, 100.0)
+def test_the_bar_is_as_long_as_the_share_that_is_done() -> None:
+    for share in (0.0, 0.25, 1.0):
+        text = page_text.status(Progress(DRAWING, pictures=2, picture=1, steps=4, share=share))
+        assert f"width:{100 * share:.1f}%" in text and f'aria-valuenow="{100 * share:.0f}"' in text
+    assert "width:" not in page_text.status(Progress(LOADING, pictures=2, picture=1, steps=4))
 
 
 def test_how_it_ended() -> None:

@@ -159,7 +159,12 @@ def test_a_recipe_names_no_folder_of_the_machine(tmp_path: Path) -> None:
         config=str(tmp_path / "mine.yaml"),
         overrides=[f"--vae.vae_pretrained={tmp_path}/vae", "--model.image_size=256"],
     )
-    made_with = {"model_path": options.model_path, "config": options.config, "overrides": options.overrides, "threads": 1}
+    made_with = {
+        "model_path": options.model_path,
+        "config": options.config,
+        "overrides": options.overrides,
+        "threads": 1,
+    }
     public = Settings(options).public(made_with)
     assert public == {
         "model_path": "mine.pth",

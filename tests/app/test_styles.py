@@ -46,7 +46,10 @@ def test_a_file_holds_one_style_or_a_list(tmp_path: Path) -> None:
         ('{"name": " ", "prompt": "{prompt}"}', "needs a name"),
         ('{"name": "A", "prompt": 3}', "prompt must be a text, not int"),
         ('{"name": "A", "prompt": "{prompt}", "negative": ""}', "unknown key 'negative'"),
-        ('[{"name": "A", "prompt": "{prompt}"}, {"name": "A", "prompt": "{prompt}"}]', "style 2: the name 'A' is taken"),
+        (
+            '[{"name": "A", "prompt": "{prompt}"}, {"name": "A", "prompt": "{prompt}"}]',
+            "style 2: the name 'A' is taken",
+        ),
         (f'{{"name": "{NO_STYLE}", "prompt": "{{prompt}}"}}', "taken"),
     ],
 )

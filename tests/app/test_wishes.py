@@ -25,7 +25,9 @@ def limits(bundled: SanaPipeline) -> Limits:
 def test_good_fields_make_a_wish(limits: Limits) -> None:
     wish = read_wish({**FIELDS, "width": 256.0, "style": "Anime", "negative_prompt": "rain"}, limits)
     assert (wish.width, wish.height, wish.seed, wish.number) == (256, 224, 7, 2)
-    assert wish.full_prompt.startswith("anime frame of a red circle,") and wish.full_negative_prompt.startswith("rain, ")
+    assert wish.full_prompt.startswith("anime frame of a red circle,") and wish.full_negative_prompt.startswith(
+        "rain, "
+    )
 
 
 @pytest.mark.parametrize(
