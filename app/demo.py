@@ -44,7 +44,7 @@ def build_demo(
             them. None for a pipeline of its weights alone.
 
     Returns:
-        The Blocks. `.actions` holds the functions behind the buttons; `.close()` stops the work and removes the pictures.
+        The Blocks. `.actions` holds what the buttons do; `.close()` stops the work and removes the pictures.
 
     Raises:
         StyleError: a file of styles is broken.
@@ -58,7 +58,7 @@ def build_demo(
     limits = Limits.of(pipeline, options, load_styles())
     studio = Studio(pipeline, options, safety, PictureFolder(output=options.output), opened_with)
 
-    class Demo(gr.Blocks):  # type: ignore[misc, name-defined]
+    class Demo(gr.Blocks):  # type: ignore[name-defined]
         """The page, which cleans up when it is closed."""
 
         def close(self, *args: Any, **kwargs: Any) -> None:

@@ -40,7 +40,7 @@ class BusyError(RuntimeError):
     """No more wishes are taken now; the message is for the page."""
 
 
-class _Cancelled(Exception):
+class _Cancelled(Exception):  # noqa: N818  no error: somebody changed their mind
     """Stops a computation from inside; never leaves this file."""
 
 

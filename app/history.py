@@ -1,4 +1,4 @@
-"""The last prompts of a browser, which keeps them itself. What comes back from there is checked; nothing is stored here."""
+"""The last prompts of a browser, which keeps them itself. What comes back from it is checked; nothing is stored."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What the page says: status, errors, recipes and headings as HTML. All text from outside is escaped; no Gradio here."""
+"""What the page says, as HTML: status, errors, recipes, headings. Text from outside is escaped; no Gradio is here."""
 
 import json
 from html import escape

@@ -1,4 +1,4 @@
-"""Sizes that the page offers: aspect ratios from the model's own table, and the bounds of free sizes. No page is here."""
+"""Sizes that the page offers: aspect ratios from the model's own table, bounds of free sizes. No page is here."""
 
 from dataclasses import dataclass
 

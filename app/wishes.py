@@ -95,7 +95,7 @@ class Wish:
     seed: int
     number: int = 1
     negative_prompt: str = ""
-    style: Style = Style(NO_STYLE)
+    style: Style = field(default_factory=lambda: Style(NO_STYLE))
 
     @property
     def full_prompt(self) -> str:

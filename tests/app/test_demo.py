@@ -115,7 +115,7 @@ def test_the_file_to_download_is_the_pipelines_picture_with_its_recipe(demo: Any
         ("style", "none of them", "no such style"),
     ],
 )
-def test_bad_input_is_one_sentence_and_changes_nothing_else(demo: Any, field: str, value: object, says: str) -> None:
+def test_bad_input_is_one_sentence_and_nothing_else(demo: Any, field: str, value: object, says: str) -> None:
     changes = press(demo.actions, **{field: value})
     assert len(changes) == 1 and list(changes[0]) == [demo.actions.parts.error]
     assert says in text(changes[0][demo.actions.parts.error])

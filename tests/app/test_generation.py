@@ -1,4 +1,4 @@
-"""The studio: the pipeline's very pictures, one wish at a time, cancel that stops, errors that say nothing of the server."""
+"""The studio: the pipeline's very pictures, one wish at a time, cancel that stops, errors without secrets."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -71,7 +71,8 @@ def test_a_truncated_picture_is_damaged(png: Path) -> None:
     "text",
     [
         "{", "[" * 50_000, "3", '"text"', "{}", '{"format": 2}', '{"format": 1}',
-        json.dumps({**RECIPE.as_dict(), "interval_guidance": 3}), json.dumps({**RECIPE.as_dict(), "interval_guidance": ["a", "b"]}),
+        json.dumps({**RECIPE.as_dict(), "interval_guidance": 3}),
+        json.dumps({**RECIPE.as_dict(), "interval_guidance": ["a", "b"]}),
     ],
 )  # fmt: skip
 def test_a_broken_recipe_is_damaged(tmp_path: Path, text: str) -> None:
@@ -134,8 +135,9 @@ def test_the_fields_are_those_of_the_recipe(limits: Limits) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"width": 10**6}, {"width": "256"}, {"prompt": None}, {"prompt": {}}, {"num_inference_steps": 10**9}, {"seed": 2**62},
-        {"guidance_scale": float("nan")}, {"guidance_scale": None}, {"pag_scale": []}, {"negative_prompt": 3}, {"height": 257},
+        {"width": 10**6}, {"width": "256"}, {"prompt": None}, {"prompt": {}}, {"num_inference_steps": 10**9},
+        {"seed": 2**62}, {"guidance_scale": float("nan")}, {"guidance_scale": None}, {"pag_scale": []}, {"negative_prompt": 3},
+        {"height": 257},
     ],
 )  # fmt: skip
 def test_a_recipe_of_nonsense_is_one_sentence(limits: Limits, change: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ import pytest
 from app.styles import NO_STYLE, Style, StyleError, load_styles
 
 OFFICIAL = [
-    NO_STYLE, "Cinematic", "Photographic", "Anime", "Manga", "Digital Art", "Pixel art", "Fantasy art", "Neonpunk", "3D Model",
+    NO_STYLE, "Cinematic", "Photographic", "Anime", "Manga", "Digital Art", "Pixel art", "Fantasy art", "Neonpunk",
+    "3D Model",
 ]  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_a_file_holds_one_style_or_a_list(tmp_path: Path) -> None:
         ('{"name": "A", "prompt": "{prompt}", "negative": ""}', "unknown key 'negative'"),
         (
             '[{"name": "A", "prompt": "{prompt}"}, {"name": "A", "prompt": "{prompt}"}]',
-            "style 2: the name 'A' is taken",
+            "2: the name 'A' is taken",
         ),
         (f'{{"name": "{NO_STYLE}", "prompt": "{{prompt}}"}}', "taken"),
     ],
