@@ -7,12 +7,12 @@ import torch
 
 from sana.config import SanaConfig
 from sana.models.autoencoder.base import Autoencoder
-from sana.models.autoencoder.dc_ae import DCAE, DCAE_PRESETS
+from sana.models.autoencoder.dc_ae import DCAE, DCAE_PRESETS, DEFAULT_SCALING_FACTOR
 from sana.models.autoencoder.dc_ae_keys import from_diffusers_state_dict
 from sana.models.autoencoder.loading import load_autoencoder, parse_config
 from sana.models.checkpoint import CheckpointError, read_file
 from sana.models.text_encoder import load_text_encoder
-from sana.models.text_encoder.chi import CHI_PROMPT
+from sana.models.text_encoder.chi import CHI_PROMPT, chi_text
 from sana.pipelines import loading
 from sana.pipelines.options import BUNDLED_MODEL, bundled
 from sana.pipelines.sana_pipeline import SanaPipeline
@@ -81,7 +81,8 @@ def latent_scale(config: SanaConfig) -> float:
     folder = Path(config.vae.vae_pretrained)
     for file in (folder / "vae" / "config.json", folder / "config.json"):
         if file.is_file():
-            return float(parse_config(json.loads(file.read_text(encoding="utf-8"))).scaling_factor)
+            own = parse_config(json.loads(file.read_text(encoding="utf-8"))).scaling_factor
+            return float(own or DEFAULT_SCALING_FACTOR)
     if hub.parse_hub_reference(str(folder)) is None:
         raise ValueError(f"This model needs its autoencoder {folder} beside it, whose scale its latents have.")
     return float(config.vae.scale_factor)
@@ -101,11 +102,11 @@ def open_text_encoder(model_name: str, device: str, dtype: str) -> Gemma:
         ValueError: there is no such device here.
     """
     where = host.device("text") if device == "auto" else loading.as_device(device)
-    length, instruction = TEXT_LENGTH, CHI_PROMPT
+    length, instruction = TEXT_LENGTH, chi_text(CHI_PROMPT)
     if model_name == catalog.BUNDLED:
         config = loading.source_config(loading.find_model(repository_file(BUNDLED_MODEL)))
         name = config.text_encoder.text_encoder_name
-        length, instruction = config.text_encoder.model_max_length, tuple(config.text_encoder.chi_prompt)
+        length, instruction = config.text_encoder.model_max_length, chi_text(config.text_encoder.chi_prompt)
     elif model_name.endswith("/"):
         name = str(host.find(TEXT_KINDS, model_name))
     else:

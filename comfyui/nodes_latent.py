@@ -23,7 +23,7 @@ class EmptySanaLatentImage:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  ComfyUI's name
         """Returns the inputs, in the order of their widgets."""
-        side = {"default": 512, "min": 16, "max": MAX_SIDE, "step": 8}
+        side: dict[str, Any] = {"default": 512, "min": 16, "max": MAX_SIDE, "step": 8}
         side["tooltip"] = "In pixels. The picture has the next smaller multiple of 32."
         number = {
             "default": 1,

@@ -47,10 +47,14 @@ class Velocity(nn.Module):
             control: must be None.
 
         Raises:
-            ValueError: the mask is missing, or a control network is attached.
+            ValueError: the mask is missing or of another length, or a control network is attached.
         """
         if context is None or attention_mask is None:
             raise ValueError("This conditioning carries no mask of its tokens: encode the text with SanaTextEncode.")
+        if attention_mask.shape != context.shape[:2]:
+            raise ValueError(
+                "The texts of this conditioning were joined, and a Sana model reads one: encode them as one."
+            )
         if control is not None:
             raise ValueError("ComfyUI's control networks cannot take effect in a Sana model; remove Apply ControlNet.")
         if any(parameter.device != x.device for parameter in self.transformer.parameters()):
@@ -81,6 +85,7 @@ def ready_model(model: Any) -> SanaModel:
         raise ValueError("SanaSampler samples models of SanaCheckpointLoader; this MODEL is another one.")
     options: Mapping[str, Any] = getattr(model, "model_options", {})
     changes = [name for name, value in options.items() if value and name != "transformer_options"]
+    changes += [name for name in ("patches", "patches_replace") if options.get("transformer_options", {}).get(name)]
     changes += [*getattr(model, "object_patches", {})]
     if changes:
         raise ValueError(f"SanaSampler does not follow the patches {', '.join(changes)} of this MODEL; use KSampler.")
@@ -95,8 +100,9 @@ def ready_model(model: Any) -> SanaModel:
 
 def _make_base_model(sana: SanaModel, bases: Any) -> nn.Module:
     """ComfyUI's BaseModel with a transformer that is already loaded; texts are read under their own masks."""
-    formats, conds = host.module("comfy.latent_formats"), host.module("comfy.conds")
-    settings = host.module("comfy.supported_models_base")
+    formats: Any = host.module("comfy.latent_formats")
+    settings: Any = host.module("comfy.supported_models_base")
+    conds: Any = host.module("comfy.conds")
     pipeline = sana.pipeline
 
     class SanaLatents(formats.LatentFormat):

@@ -74,8 +74,8 @@ class SanaVAE:
     def encode_tiled(self, pixels: Tensor, tile_x: int | None = None, tile_y: int | None = None, **_: object) -> Tensor:
         """`encode` in tiles of at most (tile_y, tile_x) pixels; the overlap changes nothing."""
         factor = self.downscale_ratio
-        tiles = [None if side is None else max(1, side // factor) for side in (tile_y, tile_x)]
-        return self._tiled(*tiles, lambda: self.encode(pixels))
+        height, width = (None if side is None else max(1, side // factor) for side in (tile_y, tile_x))
+        return self._tiled(height, width, lambda: self.encode(pixels))
 
     def spacial_compression_decode(self) -> int:
         """Pixels a latent pixel; the name is ComfyUI's."""

@@ -92,8 +92,9 @@ def test_sanasampler_takes_the_same_model(comfy: Comfy, pipeline: SanaPipeline, 
         PROMPT, 128, 192, use_resolution_binning=False, output_type="latent", num_inference_steps=2, seed=3
     )
     assert torch.equal(made, judged / pipeline.autoencoder.scaling_factor)
+    model.model_options["transformer_options"]["patches"] = {"attn1_patch": [len]}
     model.object_patches["model_sampling"] = object()
-    with pytest.raises(ValueError, match="does not follow the patches model_sampling of this MODEL; use KSampler"):
+    with pytest.raises(ValueError, match="follow the patches patches, model_sampling of this MODEL; use KSampler"):
         comfy.node("SanaSampler", model=model, **inputs, **options)
 
 
@@ -102,6 +103,8 @@ def test_what_the_network_cannot_use_is_refused(comfy: Comfy, gemma: Any, model:
     x, time, context = torch.zeros(1, 32, 2, 2), torch.zeros(1), torch.zeros(1, 64, 160)
     with pytest.raises(ValueError, match="carries no mask"):
         network(x, time, context=context)
+    with pytest.raises(ValueError, match="were joined"):
+        network(x, time, context=torch.cat([context, context], 1), attention_mask=torch.ones(1, 64).long())
     with pytest.raises(ValueError, match="control networks"):
         network(x, time, context=context, attention_mask=torch.ones(1, 64).long(), control={"output": []})
     clip = [[torch.zeros(1, 77, 160), {"pooled_output": None}]]  # of ComfyUI's own text encoders
