@@ -8,7 +8,7 @@ Exit codes: 0 every pixel is the same, 1 the pictures differ (and how) or none c
 import argparse
 from pathlib import Path
 
-from sana.commands.parsing import new_parser
+from sana.commands.parsing import add_json, new_parser, show
 
 
 def build_parser(prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
@@ -19,12 +19,14 @@ def build_parser(prog: str | None = None, description: str | None = None) -> arg
     parser.add_argument("--config", help="YAML instead of the recorded one")
     parser.add_argument("--output", type=Path, help="the new picture (default: <name>.replay.png beside the old one)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one)")
+    add_json(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None, *, prog: str | None = None, description: str | None = None) -> int:
     """Runs the command; returns the exit code."""
-    args = build_parser(prog, description).parse_args(arguments)
+    given = vars(build_parser(prog, description).parse_args(arguments))
+    as_json = given.pop("json")
 
     from sana.pipelines.command import FAILURE, OK, run_command
 
@@ -33,15 +35,16 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None, descrip
         from sana.utils.logging import setup_logging
 
         setup_logging()
-        report = replay(**vars(args))
+        report = replay(**given)
         if report.identical:
-            print(f"the same picture, every pixel: {report.output}")
+            lines = [f"the same picture, every pixel: {report.output}"]
         else:
-            print(f"{report.pixels_differ} pixels differ, by at most {report.greatest} of 255: {report.output}")
-        for line in report.differences:
-            print(f"differs: {line}")
+            lines = [f"{report.pixels_differ} pixels differ, by at most {report.greatest} of 255: {report.output}"]
+        lines += [f"differs: {line}" for line in report.differences]
         if not report.identical and not report.differences:
-            print("differs: nothing in the recipe; another CPU or library may round otherwise")
+            lines.append("differs: nothing in the recipe; another CPU or library may round otherwise")
+        found = {**vars(report), "output": str(report.output), "identical": report.identical}
+        show(found, "\n".join(lines), as_json=as_json)
         return OK if report.identical else FAILURE
 
     return run_command(work)

@@ -10,6 +10,8 @@ handed back with 503. Exit codes: 0 ended as asked, 1 failure (weights, network,
 """
 
 import argparse
+import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from sana.commands.parsing import SCHEMES, only_given, parse_with_overrides, til
 MODEL = (
     "config", "model_path", "device", "dtype", "max_vram", "quantization", "text_quantization", "offload", "vae_tiling",
 )  # fmt: skip
+NO_SETTING = ("api_key", "api_key_file", "json")
 CONNECTIONS = ("max_connections", "header_seconds", "write_seconds")  # what whoever holds the connections decides
 
 
@@ -26,6 +29,7 @@ def build_parser(prog: str | None = None, description: str | None = None) -> arg
     parser = only_given(prog, description or __doc__)
     add_model(parser)
     add_server(parser)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready: url, model, pid")
     return parser
 
 
@@ -102,7 +106,16 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None, descrip
         setup_logging()
         model = InferenceOptions(overrides=rest, **{name: given[name] for name in MODEL if name in given})
         settings = ServerSettings(**server_settings(given, read_keys))
-        return serve(model, settings, lambda url: print(url, flush=True), lower="max_active" not in given)
+
+        def as_json(url: str) -> None:
+            from sana.pipelines.batch import name_pipeline
+            from sana.serving.pictures import public_name
+
+            name = settings.model_name or public_name(name_pipeline(model)[1])
+            print(json.dumps({"url": url, "model": name, "pid": os.getpid()}), flush=True)
+
+        ready = as_json if "json" in given else lambda url: print(url, flush=True)
+        return serve(model, settings, ready, lower="max_active" not in given)
 
     return run_command(work, debug=bool(given.get("debug")))
 
@@ -115,5 +128,5 @@ def server_settings(given: dict[str, Any], read_keys: Callable[[str], list[str]]
         read_keys: reads a file of keys.
     """
     files = [key for file in given.get("api_key_file", ()) for key in read_keys(file)]
-    found = {name: value for name, value in given.items() if name not in (*MODEL, "api_key", "api_key_file")}
+    found = {name: value for name, value in given.items() if name not in (*MODEL, *NO_SETTING)}
     return found | {"api_keys": (*given.get("api_key", ()), *files)}

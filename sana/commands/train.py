@@ -2,7 +2,7 @@
 
     sana train CONFIG.yaml [--section.key=value ...]               (one process for each GPU, one where there is none)
     sana train CONFIG.yaml --np=2 --work_dir=output/run            (so many processes, started by torchrun)
-    sana train configs/sana_config/tiny/Sana_tiny_img256.yaml --np=1 --train.extra.max_steps=100
+    sana train configs/sana_config/tiny/Sana_tiny_img256.yaml --np=1 --train.extra.max_steps=100 --json
 
 On several machines start it on each of them with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) set.
 The same command goes on from the newest checkpoint of its --work_dir. Also under torchrun and accelerate launch.
@@ -10,14 +10,22 @@ Exit codes: 0 done, 1 the training failed, 2 wrong arguments or configuration, 1
 """
 
 import argparse
+import json
+import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sana.commands.parsing import new_parser
+from sana.commands.parsing import add_json, new_parser
 from sana.pipelines.command import OK, USAGE, run_command
 from sana.utils.distributed import is_main_process
 from sana.utils.logging import setup_logging
+
+if TYPE_CHECKING:
+    from sana.training.trainer import Trainer
 
 
 def build_parser(prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
@@ -27,6 +35,7 @@ def build_parser(prog: str | None = None, description: str | None = None) -> arg
     add("config", nargs="?", metavar="CONFIG.yaml", help="of the run; or --config_path=FILE")
     add("--np", type=int, metavar="N", help="processes on this machine [one for each GPU, 1 without one]")
     add("--work_dir", help="folder of checkpoints, log and pictures [the config's]")
+    add_json(parser)
     return parser
 
 
@@ -106,19 +115,46 @@ def train(arguments: Sequence[str], description: str | None = None) -> int:
         print(description or __doc__, file=sys.stderr)
         return OK if {"--help", "-h"} & set(arguments) else USAGE
 
+    overrides = [a for a in arguments if a.startswith("--") and a != "--json" and not a.startswith("--config_path=")]
+
     def work() -> int:
         from sana.config import load_config
 
         setup_logging()
-        config = load_config(path, [a for a in arguments if a.startswith("--") and not a.startswith("--config_path=")])
+        config = load_config(path, overrides)
         from sana.training.trainer import StoppedBySignal, Trainer  # takes seconds: a typo is told before
 
+        trainer, code, reason = Trainer(config), OK, None
         try:
-            Trainer(config).train()
+            trainer.train()
         except StoppedBySignal as stop:
+            code, reason = stop.exit_code, signal.Signals(stop.exit_code - 128).name
             if is_main_process():
                 print(stop, file=sys.stderr)
-            return stop.exit_code
-        return OK
+        if "--json" in arguments and is_main_process():
+            print(json.dumps(result(trainer, reason), indent=2, ensure_ascii=False))
+        return code
 
     return run_command(work)
+
+
+def result(trainer: "Trainer", signal_name: str | None = None) -> dict[str, Any]:
+    """Returns what a training that ended leaves behind, for --json.
+
+    Args:
+        trainer: after `train`.
+        signal_name: of the signal that stopped it, None where none did.
+    """
+    from sana.training.train_log import LOG_NAME
+
+    done = trainer.step >= trainer.total_steps
+    log = Path(trainer.work_dir) / LOG_NAME
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    loss = json.loads(lines[-1])["loss"] if lines else None
+    return {
+        "work_dir": str(trainer.work_dir),
+        "steps": trainer.step,
+        "loss": loss if loss is not None and math.isfinite(loss) else None,
+        "model": str(trainer.work_dir / "model") if done and signal_name is None else None,
+        "reason": signal_name or ("done" if done else "early_stop_hours"),
+    }

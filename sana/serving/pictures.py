@@ -52,9 +52,13 @@ def as_png(image: Image, recipe: Recipe | None = None) -> bytes:
 
 
 def model_name(pipeline: SanaPipeline) -> str:
-    """Returns the last part of where the weights came from: a folder's, a file's or a repository's name."""
-    source = str(pipeline.model_path or "").rstrip("/\\")
-    name = Path(source).name
+    """Returns the public name of a pipeline's weights."""
+    return public_name(pipeline.model_path)
+
+
+def public_name(source: str | None) -> str:
+    """Returns the last part of where weights come from: a folder's, a file's or a repository's name."""
+    name = Path(str(source or "").rstrip("/\\")).name
     for ending in (".safetensors", ".pth", ".bin", ".pt"):
         name = name.removesuffix(ending)
     return name or "sana"

@@ -1,11 +1,15 @@
 """sana train: whether it trains here or starts torchrun, and with which words. Training itself: tests/train_scripts."""
 
+import json
 import os
+import signal
 import sys
 
 import pytest
 
 from sana.commands import train
+from sana.training import trainer as trainer_module
+from sana.training.signals import StoppedBySignal
 from tests.training.distributed_runs import ROOT
 
 CONFIG = "configs/sana_config/tiny/Sana_tiny_img256.yaml"
@@ -88,3 +92,41 @@ def test_mistakes_are_told_before_anything_starts(monkeypatch, capsys):
     monkeypatch.setattr(train, "gpus", lambda: 1)
     assert train.main([str(ROOT / CONFIG), "--train.sede=3"]) == 2
     assert "train.seed" in capsys.readouterr().err
+
+
+class Trained:
+    """Stands for a trainer that has written a log and then ends as it is told."""
+
+    ending: Exception | None = None
+    reached = 4
+
+    def __init__(self, config):
+        self.work_dir, self.total_steps, self.step = config.work_dir, 4, 0
+
+    def train(self):
+        self.step = self.reached
+        (self.work_dir / "train_log.jsonl").write_text('{"step": 2, "loss": 1.5}\n{"step": 4, "loss": 0.25}\n')
+        if self.ending is not None:
+            raise self.ending
+
+
+@pytest.mark.parametrize(
+    ("ending", "reached", "code", "reason"),
+    [
+        (None, 4, 0, "done"), (None, 3, 0, "early_stop_hours"), (StoppedBySignal(signal.SIGTERM), 3, 143, "SIGTERM"),
+        (StoppedBySignal(signal.SIGINT), 4, 130, "SIGINT"),
+    ],
+)  # fmt: skip
+def test_json_is_the_result(monkeypatch, capsys, tmp_path, ending, reached, code, reason):
+    class Ending(Trained):
+        def __init__(self, config):
+            super().__init__(config)
+            self.work_dir, self.ending, self.reached = tmp_path, ending, reached
+
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(trainer_module, "Trainer", Ending)
+    assert train.main([str(ROOT / CONFIG), "--np=1", "--json", f"--work_dir={tmp_path}"]) == code
+    model = str(tmp_path / "model") if reason == "done" else None
+    expected = {"work_dir": str(tmp_path), "steps": reached, "loss": 0.25, "model": model, "reason": reason}
+    assert json.loads(capsys.readouterr().out) == expected

@@ -1,5 +1,6 @@
 """scripts/replay.py: exit codes and what it prints."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def test_a_changed_picture_is_exit_code_1(picture, capsys):
     save_png(changed, picture, recipe)
     assert replay.main([str(picture), "--device=cpu"]) == 1
     assert "1 pixels differ" in capsys.readouterr().out
+
+
+def test_json_is_the_whole_report(picture, tmp_path, capsys):
+    target = tmp_path / "again.png"
+    capsys.readouterr()
+    assert replay.main([str(picture), f"--output={target}", "--device=cpu", "--json"]) == 0
+    same = {"identical": True, "pixels_differ": 0, "greatest": 0, "differences": []}
+    assert json.loads(capsys.readouterr().out) == {"output": str(target), **same}
 
 
 def test_what_is_no_picture_of_ours_is_exit_code_2(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """scripts/serve.py: its flags, exit codes, and the command as a user runs and ends it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -69,6 +70,14 @@ def test_help_is_fast_because_nothing_heavy_is_imported():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--api_key_file" in done.stdout
+
+
+def test_json_is_one_line_with_address_model_and_process(monkeypatch, capsys):
+    monkeypatch.setattr(server, "serve", lambda options, settings, on_ready, **_: on_ready("http://here") or 0)
+    for arguments, model in (([], "sana_tiny"), (["--model_name=mine"], "mine")):
+        assert main(["--json", "--device=cpu", *arguments]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert json.loads(line) == {"url": "http://here", "model": model, "pid": os.getpid()}
 
 
 def test_the_command_serves_the_bundled_model_and_sigterm_ends_it_with_0():

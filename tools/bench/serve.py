@@ -1,38 +1,44 @@
 """Loads a server as its users will, and as its enemies will: throughput, latency, hostile requests, memory.
 
-    python -m tools.bench.serve                                # the bundled model, about five minutes
-    python -m tools.bench.serve --clients 1,4 --seconds 5 --hostile 500
+    python -m tools.bench.serve                                # the bundled model, about six minutes on two cores
+    python -m tools.bench.serve --quick                        # a minute, to see whether it runs
+    python -m tools.bench.serve --output=asset/docs/benchmarks
 
-A server of its own is started (scripts/serve.py). Clients ask for one picture after another, each as soon as it has the
-last. Then come the hostile requests, 16 at a time. Writes serve-DEVICE.{json,md}; the table comes last on stdout.
-Exit codes: 0 done, 1 the server failed a request that it should have answered, ended, or grew; 2 wrong arguments.
+A server of its own is started (`sana serve`, watched). Clients ask for one picture after another, each as soon as it
+has the last; so again with --max_active=1. Then come the hostile requests, 16 at a time. Writes serving-DEVICE.json
+and serving-DEVICE.md; the report comes last on stdout. Exit codes: 0 done, 1 the server failed a request that it should
+have answered, made another picture, told too much in an error, ended, or grew; 2 wrong arguments.
 """
 
 import argparse
 import asyncio
-import collections
+import base64
 import json
-import math
-import random
+import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from tools.bench.hostile import GOOD, KINDS, Target, draw, exchange, head, posted
+from PIL import Image
+from tqdm.auto import tqdm
+
+from tools.bench.attack import attack
+from tools.bench.hostile import SECRET, Target, exchange, posted
+from tools.bench.serving_load import load
+from tools.bench.serving_memory import Watched
+from tools.bench.serving_report import markdown
 
 ROOT = Path(__file__).parents[2]
-AT_ONCE = 16  # hostile requests
-ALLOWED_5XX = (501, 503)  # not there yet; too many connections
-GROWTH_MIB = 32.0  # that memory may grow by between the first fifth of the hostile requests and the last
-ENOUGH = 20  # latencies below which no percentile beyond the median is told
 PATIENCE_SECONDS = 60
-SETTLING = 400  # pictures of one step before the hostile requests: the allocator of a new process still takes memory
+ALONE = (1, 8, 64)  # numbers of clients that are asked again with --max_active=1
+QUICK = {"clients": [1, 2], "seconds": 1.0, "steps": 2, "size": "64x64", "hostile": 150}
+VERSIONS = ("uvicorn", "fastapi", "h11", "uvloop")
 
 
 def numbers(text: str) -> list[int]:
@@ -54,31 +60,33 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--clients", type=numbers, default=[1, 2, 4, 8, 16, 32, 64], help="[1,2,4,8,16,32,64]")
-    add("--seconds", type=float, default=25.0, help="of asking, for each number of clients [25]")
+    add("--seconds", type=float, default=15.0, help="of asking, for each number of clients [15]")
     add("--steps", type=int, default=20, help="of every picture [20]")
     add("--size", default="auto", help="of every picture [auto: the model's own]")
     add("--hostile", type=int, default=10_000, help="number of hostile requests [10000]")
     add("--seed", type=int, default=0, help="of the hostile requests [0]")
     add("--model_path", help="[the bundled model]")
     add("--device", default="cpu", help="[cpu]")
+    add("--quick", action="store_true", help="few clients, small pictures, few hostile requests")
     add("--output", type=Path, default=ROOT / "output/benchmarks", metavar="DIR", help="[output/benchmarks]")
     return parser
 
 
 @contextmanager
-def server(options: argparse.Namespace) -> Iterator[tuple[Target, int]]:
-    """Runs a server; gives where it listens, and its process id. It must end with exit code 0."""
-    command = [sys.executable, "scripts/serve.py", "--port=0", f"--device={options.device}", "--max_queue=128",
-               "--header_seconds=2", "--body_seconds=2", "--grace_seconds=5"]  # fmt: skip
+def server(options: argparse.Namespace, *more: str) -> Iterator[tuple[Target, Watched, str]]:
+    """Runs a server; gives where it listens, its process, and its model's name. It must end with exit code 0."""
+    command = [sys.executable, "-m", "tools.bench.watched_server", "--json", "--port=0", f"--device={options.device}",
+               "--max_queue=128", "--header_seconds=2", "--body_seconds=2", "--grace_seconds=5", *more]  # fmt: skip
     command += [f"--model_path={options.model_path}"] if options.model_path else []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
         try:
-            assert process.stdout is not None
-            url = process.stdout.readline().strip()
-            if not url:
+            ready = process.stdout.readline().strip()
+            if not ready:
                 raise RuntimeError(f"the server did not start: {shlex.join(command)}")
-            host, _, port = url.removeprefix("http://").rpartition(":")
-            yield Target(host, int(port)), process.pid
+            about = json.loads(ready)
+            host, _, port = about["url"].removeprefix("http://").rpartition(":")
+            yield Target(host, int(port)), Watched(process), about["model"]
             process.terminate()
             code = process.wait(PATIENCE_SECONDS)
             if code:
@@ -87,155 +95,81 @@ def server(options: argparse.Namespace) -> Iterator[tuple[Target, int]]:
             process.kill()
 
 
-def resident_mib(pid: int) -> float:
-    """Memory of a process that is in RAM."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+async def picture(target: Target, wish: dict[str, Any]) -> bytes:
+    """Returns the pixels of a good request's picture; empty when there is none."""
+    status, answer = await exchange(target, posted(json.dumps(wish).encode()))
+    if status != 200:
+        return b""
+    with Image.open(BytesIO(base64.b64decode(json.loads(answer)["data"][0]["b64_json"]))) as opened:
+        return opened.convert("RGB").tobytes()
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+def offline(options: argparse.Namespace, wish: dict[str, Any]) -> bytes:
+    """Returns the pixels of the same picture made by the pipeline in this process."""
+    from sana.pipelines.batch import name_pipeline
+    from sana.pipelines.options import InferenceOptions
+
+    pipeline, weights = name_pipeline(InferenceOptions(model_path=options.model_path, device=options.device))
+    size = None if wish["size"] == "auto" else [int(side) for side in wish["size"].split("x")]
+    sides = {"width": size[0], "height": size[1]} if size else {}
+    made = pipeline.from_pretrained(weights)(
+        wish["prompt"], num_inference_steps=wish["steps"], seed=wish["seed"], output_type="pil", **sides
+    )
+    pixels: bytes = made[0].convert("RGB").tobytes()
+    return pixels
 
 
-async def load(target: Target, clients: int, seconds: float, wish: dict[str, Any]) -> dict[str, Any]:
-    """Lets clients ask for pictures; the first seconds of each are measured like the others."""
-    latencies: list[float] = []
-    failures: collections.Counter[str] = collections.Counter()
-    started = time.monotonic()
-
-    async def client(number: int) -> None:
-        turn = 0
-        while time.monotonic() - started < seconds:
-            body = json.dumps(wish | {"seed": number * 10_000 + turn}).encode()
-            began = time.monotonic()
-            status, answer = await exchange(target, posted(body))
-            if status == 200 and b"b64_json" in answer:
-                latencies.append(time.monotonic() - began)
-            else:
-                failures[str(status)] += 1
-            turn += 1
-
-    await asyncio.gather(*(client(number) for number in range(clients)))
-    took = time.monotonic() - started
-    told = {"clients": clients, "pictures": len(latencies), "seconds": took, "a_second": len(latencies) / took}
-    if latencies:
-        told["p50"] = statistics.median(latencies)
-        enough = len(latencies) >= ENOUGH
-        told |= {f"p{one}": percentile(latencies, one) if enough else None for one in (95, 99)}
-    return told | {"failures": dict(failures)}
-
-
-async def settle(target: Target) -> None:
-    """Has as many short pictures made at once as hostile requests will come, until memory no longer grows by that."""
-    coming = iter(range(SETTLING))
-
-    async def client() -> None:
-        for seed in coming:
-            await exchange(target, posted(json.dumps(GOOD | {"seed": seed}).encode()))
-
-    await asyncio.gather(*(client() for _ in range(AT_ONCE)))
-
-
-async def attack(target: Target, pid: int, count: int, seed: int) -> dict[str, Any]:
-    """Sends hostile requests and watches the server's memory."""
-    rng = random.Random(seed)
-    statuses: dict[str, collections.Counter[int]] = {name: collections.Counter() for name in KINDS}
-    memory: list[tuple[int, float]] = [(0, resident_mib(pid))]
-    hanging = 0
-    kinds = [(draw(rng), rng.randrange(2**32)) for _ in range(count)]
-    coming = iter(kinds)
-    done = 0
-    started = time.monotonic()
-
-    async def enemy() -> None:
-        nonlocal done, hanging
-        for name, own_seed in coming:
-            try:
-                statuses[name][await KINDS[name][0](target, random.Random(own_seed))] += 1
-            except TimeoutError:
-                hanging += 1
-            done += 1
-            if done % max(1, count // 20) == 0:
-                memory.append((done, resident_mib(pid)))
-                sys.stderr.write(f"\rhostile: {done} of {count}")
-
-    await asyncio.gather(*(enemy() for _ in range(AT_ONCE)))
-    took = time.monotonic() - started
-    while True:  # what leavers asked for is given up between steps; then the server is as it was
-        _, page = await exchange(target, head("GET", "/metrics"))
-        if b"sana_active 0.0" in page and b"sana_queued 0.0" in page:
-            break
-    memory.append((done, resident_mib(pid)))
-    bad = sum(number for counts in statuses.values() for code, number in counts.items()
-              if code >= 500 and code not in ALLOWED_5XX)  # fmt: skip
-    settled = next(mib for place, mib in memory if place >= count // 5)
-    status, _ = await exchange(target, head("GET", "/health"))
-    return {
-        "requests": done, "seconds": took, "server_errors": bad, "hanging": hanging, "healthy_after": status == 200,
-        "memory_mib": memory, "growth_mib": memory[-1][1] - settled,
-        "statuses": {name: {str(code): number for code, number in sorted(counts.items())}
-                     for name, counts in statuses.items()},
-    }  # fmt: skip
-
-
-def passed(content: dict[str, Any]) -> bool:
-    """Whether the server answered every good request and bore every hostile one."""
-    hostile = content["hostile"]
-    good = not any(one["failures"] for one in content["load"]) and all(one["pictures"] for one in content["load"])
-    bore = not hostile["server_errors"] and not hostile["hanging"] and hostile["healthy_after"]
-    return good and bore and hostile["growth_mib"] <= GROWTH_MIB
-
-
-def table(content: dict[str, Any]) -> str:
-    """The results as Markdown."""
-
-    def seconds(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
-    about, hostile = content["environment"], content["hostile"]
-    memory = [mib for _, mib in hostile["memory_mib"]]
-    lines = [
-        f"# Serving: {about['name']}, {about['cores']} cores",
-        "",
-        f"{about['date']}, torch {about['versions']['torch']}, {content['wish']['steps']} steps, "
-        f"size {content['wish']['size']}, load before {about['load_before']}. `{about['command']}`",
-        "",
-        "| clients | pictures | a second | p50 s | p95 s | p99 s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for one in content["load"]:
-        times = " | ".join(seconds(one.get(f"p{percent}")) for percent in (50, 95, 99))
-        lines.append(f"| {one['clients']} | {one['pictures']} | {one['a_second']:.2f} | {times} |")
-    lines += [
-        "",
-        f"{hostile['requests']} hostile requests in {hostile['seconds']:.0f} s: "
-        f"{hostile['server_errors']} server errors, {hostile['hanging']} without an answer, "
-        f"healthy after: {hostile['healthy_after']}.",
-        f"Resident memory {memory[0]:.0f} MiB before, {memory[-1]:.0f} MiB after, "
-        f"{hostile['growth_mib']:+.1f} MiB since the first fifth.",
-        "",
-        "| hostile kind | answers (0: connection ended) |",
-        "|---|---|",
-    ]
-    for name, counts in hostile["statuses"].items():
-        lines.append(f"| {name} | {', '.join(f'{code}: {number}' for code, number in counts.items())} |")
-    return "\n".join(lines) + "\n"
-
-
-async def measure(options: argparse.Namespace, target: Target, pid: int) -> dict[str, Any]:
-    """Runs everything against a server."""
-    wish = {"prompt": "a red circle left of a blue square", "steps": options.steps, "size": options.size}
-    await load(target, 1, 1.0, wish)  # warm
+async def measure_load(
+    target: Target, options: argparse.Namespace, clients: Sequence[int], wish: dict[str, Any], name: str
+) -> list[dict[str, Any]]:
+    """Returns one entry a number of clients."""
+    await load(target, 2, 1.0, wish)  # warm
     found = []
-    for clients in options.clients:
-        sys.stderr.write(f"\r{clients} clients   ")
-        found.append(await load(target, clients, options.seconds, wish))
-    await settle(target)
-    hostile = await attack(target, pid, options.hostile, options.seed)
-    sys.stderr.write("\n")
-    return {"wish": wish, "load": found, "hostile": hostile}
+    with tqdm(clients, desc=name, unit="load", dynamic_ncols=True) as bar:
+        for count in bar:
+            bar.set_postfix_str(f"{count} clients")
+            found.append(await load(target, count, options.seconds, wish))
+    return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs everything."""
+    wish = {"prompt": f"a red circle left of a blue square, {SECRET}", "steps": options.steps, "size": options.size}
+    known = wish | {"seed": 7}
+    alone = [one for one in options.clients if one in ALONE] or options.clients[-1:]
+    with server(options, "--max_active=1") as (target, _, _):
+        one_at_a_time = asyncio.run(measure_load(target, options, alone, wish, "one at a time"))
+    with server(options) as (target, watched, model):
+        found = asyncio.run(measure_load(target, options, options.clients, wish, "together"))
+        before = asyncio.run(picture(target, known))
+        with tqdm(total=options.hostile, desc="hostile", unit="request", dynamic_ncols=True) as bar:
+            hostile = asyncio.run(attack(target, watched, options.hostile, options.seed, bar.update))
+        after = asyncio.run(picture(target, known))
+    hostile["same_picture"] = bool(before) and before == after == offline(options, known)
+    return {"model": model, "wish": wish, "load": found, "one_at_a_time": one_at_a_time, "hostile": hostile}
+
+
+def complaints(content: dict[str, Any]) -> list[str]:
+    """Returns what speaks against the server: nothing if it answered every good request and bore every hostile one."""
+    hostile = content["hostile"]
+    found = [f"{one['clients']} clients: answers {one['failures']} instead of pictures"
+             for one in [*content["load"], *content["one_at_a_time"]] if one["failures"]]  # fmt: skip
+    found += [f"{number} errors: {text}" for text, number in hostile["wrong_errors"].items()]
+    found += [f"{hostile['server_errors']} server errors"] if hostile["server_errors"] else []
+    found += [f"{hostile['hanging']} requests without an answer"] if hostile["hanging"] else []
+    found += [] if hostile["healthy_after"] else ["the server is not healthy after the hostile requests"]
+    found += [] if hostile["same_picture"] else ["a picture after the hostile requests is not the offline one"]
+    return found + hostile["memory"]["reasons"] * (hostile["memory"]["flat"] is False)
+
+
+def write(content: dict[str, Any], folder: Path) -> None:
+    """Writes the JSON and the Markdown, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"serving-{content['environment']['slug']}"
+    for ending, text in ((".json", json.dumps(content, indent=1) + "\n"), (".md", markdown(content))):
+        temporary = stem.with_name(f".{stem.name}{ending}.part")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, stem.with_name(stem.name + ending))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,20 +177,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     options = parser.parse_args(arguments)
-    if options.hostile < 1 or not options.seconds > 0:
-        parser.error("--hostile and --seconds must be positive")
-    from tools.bench.environment import collect
+    if options.quick:
+        options = parser.parse_args(arguments, argparse.Namespace(**QUICK))
+    if options.hostile < 10 or not options.seconds > 0:
+        parser.error("--hostile must be at least 10 and --seconds positive")
+    from tools.bench.environment import collect, load, version
 
-    environment = collect("cpu" if options.device == "cpu" else "cuda", arguments)
+    environment, started = collect("cpu" if options.device == "cpu" else "cuda", arguments), time.monotonic()
     environment["command"] = shlex.join(["python", "-m", "tools.bench.serve", *arguments])
-    with server(options) as (target, pid):
-        content = {"environment": environment, **asyncio.run(measure(options, target, pid))}
-    content["passed"] = passed(content)
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / f"serve-{environment['slug']}"
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(table(content), encoding="utf-8")
-    print(table(content))
+    environment["versions"] |= {name: version(name) for name in VERSIONS}
+    content = {"environment": environment, **measure(options)}
+    environment["load_after"], content["seconds"] = load(), time.monotonic() - started
+    content["complaints"] = complaints(content)
+    content["passed"] = not content["complaints"]
+    write(content, options.output)
+    print(markdown(content))
     return 0 if content["passed"] else 1
 
 
