@@ -4,10 +4,11 @@ import importlib
 from typing import Any
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+RAY = "ray"
 
 
 def need(module: str) -> Any:
-    """Returns a module of the extra `serve`.
+    """Returns a module of the extras `serve` and `ray`.
 
     Raises:
         ValueError: it is not installed.
@@ -16,7 +17,8 @@ def need(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ValueError(f"The server needs {package}: pip install 'sana-python[serve]'.") from error
+        extra = RAY if package == RAY else "serve"
+        raise ValueError(f"The server needs {package}: pip install 'sana-python[{extra}]'.") from error
 
 
 def need_all() -> None:
@@ -27,3 +29,14 @@ def need_all() -> None:
     """
     for package in PACKAGES:
         need(package)
+
+
+def need_ray() -> Any:
+    """Returns Ray, with everything that serving through it needs.
+
+    Raises:
+        ValueError: something is not installed.
+    """
+    need("ray.serve")  # imports `ray`, and what Ray needs for HTTP
+    need_all()
+    return need(RAY)

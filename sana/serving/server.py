@@ -7,16 +7,15 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
-from sana.pipelines import batch
 from sana.pipelines.options import InferenceOptions
-from sana.pipelines.prompts import PromptItem
 from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.serving.app import build_app
 from sana.serving.engine import Engine
 from sana.serving.extras import need, need_all
+from sana.serving.model import open_model
 from sana.serving.protocol import guarded_protocol
 from sana.serving.service import Service
-from sana.serving.settings import ServerSettings
+from sana.serving.settings import LOOPBACK, ServerSettings
 from sana.serving.store import PictureStore
 from sana.utils.logging import get_logger
 
@@ -64,8 +63,7 @@ class Server:
             store = stack.enter_context(PictureStore(settings.keep_files, settings.keep_bytes, settings.keep_seconds))
             app = build_app(Service(self.engine, settings), store)
             self._uvicorn = _graceful(self.engine, settings)(_config(app, settings))
-            if not settings.api_keys and settings.host not in ("127.0.0.1", "::1", "localhost"):
-                logger.warning("listening on %s without API keys: whoever reaches it can use it", settings.host)
+            warn_if_open(settings)
             if on_ready is not None:
                 on_ready(address(listener))
             self._uvicorn.run(sockets=[listener])
@@ -77,14 +75,21 @@ class Server:
             self._uvicorn.ask_to_end()
 
 
-def serve(options: InferenceOptions, settings: ServerSettings, on_ready: Callable[[str], None] | None = None) -> int:
+def serve(
+    options: InferenceOptions,
+    settings: ServerSettings,
+    on_ready: Callable[[str], None] | None = None,
+    *,
+    lower: bool = False,
+) -> int:
     """Loads a model and serves it until the process is asked to end.
 
     Args:
-        options: which model, on what device, in what dtype, how its weights are kept;
+        options: which model, on what device, in what dtype, how its weights are kept, and what memory there is;
             the fields that describe pictures have no effect.
         settings: of the server.
         on_ready: see `Server.run`.
+        lower: see `open_model`.
 
     Returns:
         The exit code.
@@ -92,12 +97,17 @@ def serve(options: InferenceOptions, settings: ServerSettings, on_ready: Callabl
     Raises:
         ValueError: the extra `serve` is missing, or an option is wrong.
         ConfigError, FetchError, CheckpointError, OSError: the model cannot be had, or the address not be listened at.
+        MemoryLimitError: the pictures do not fit into `max_vram`; nothing was loaded.
     """
     need_all()
-    if options.max_vram is not None or options.compile != "off":
-        raise ValueError("max_vram and compile cannot take effect in the server, which steps many pictures at once.")
-    pipeline, _ = batch.open_pipeline(options, [PromptItem(id="any", prompt="any")])
+    pipeline, settings = open_model(options, settings, lower=lower)
     return Server(pipeline, settings).run(on_ready)
+
+
+def warn_if_open(settings: ServerSettings) -> None:
+    """Says that everybody may use a server, where that is so."""
+    if not settings.api_keys and settings.host not in (LOOPBACK, "::1", "localhost"):
+        logger.warning("listening on %s without API keys: whoever reaches it can use it", settings.host)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -109,6 +119,11 @@ def listen(host: str, port: int) -> socket.socket:
 def address(listener: socket.socket) -> str:
     """Returns the URL of a listening socket."""
     host, port = listener.getsockname()[:2]
+    return url(host, port)
+
+
+def url(host: str, port: int) -> str:
+    """Returns the URL of an address."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
