@@ -7,15 +7,18 @@ import hashlib
 import http.client
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sana.data.sample import BrokenSampleError, DataError, Sample
 from sana.data.shard_index import IMAGE_KINDS, KINDS, split_name
-from sana.data.shard_list import ShardEntry, list_shards
+from sana.data.shard_list import ShardEntry, beside, list_shards
 from sana.data.shard_records import Record, RecordOptions, make_sample
-from sana.data.shard_urls import open_stream
+from sana.data.shard_urls import is_command, open_stream
+from sana.data.side_files import SideEntries
 from sana.data.tar_members import walk
 
 
@@ -36,13 +39,19 @@ class StreamedShards(IterableDataset):
         seed: of the order and of captions.
         shuffle: False keeps the shards in their order.
         on_broken: called with every record that cannot be read, and with every shard that breaks off; None raises.
+        external_caption_suffixes: endings of files with captions beside the shards, as of `SanaWebDataset`; those of
+            shards on the web are fetched when their shard is read, and kept as other downloads are.
+        external_clipscore_suffixes: endings of files with the captions' scores, likewise.
 
     Attributes:
         epoch: of the next iteration; one more after each.
         consumed: records given by this object in the epoch.
 
     In worker processes copies of this object do the work, so the main process counts, and calls `set_epoch` or
-    `load_state_dict` before each iteration. Captions beside the shards are not read.
+    `load_state_dict` before each iteration.
+
+    Raises:
+        DataError: no shard is found, or there are suffixes, and shards come from commands, beside which nothing is.
     """
 
     def __init__(
@@ -55,10 +64,19 @@ class StreamedShards(IterableDataset):
         seed: int = 0,
         shuffle: bool = True,
         on_broken: Callable[[DataError], None] | None = None,
+        external_caption_suffixes: Sequence[str] = (),
+        external_clipscore_suffixes: Sequence[str] = (),
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of {world_size} processes.")
         self.entries = list_shards(data_dir)
+        self.caption_suffixes, self.score_suffixes = external_caption_suffixes, external_clipscore_suffixes
+        command = next((entry.location for entry in self.entries if is_command(entry.location)), None)
+        if command is not None and (self.caption_suffixes or self.score_suffixes):
+            raise DataError(
+                f"Beside the output of {command} there are no files with captions or scores: leave out "
+                "data.external_caption_suffixes and data.external_clipscore_suffixes, or name shards by path or http."
+            )
         self.options, self.seed, self.shuffle, self.on_broken = options, seed, shuffle, on_broken
         self.rank, self.world_size = rank, world_size
         self.epoch, self.consumed = 0, 0
@@ -111,15 +129,32 @@ class StreamedShards(IterableDataset):
             random.Random(f"{self.seed} {self.epoch}").shuffle(order)
         return order
 
+    def records_of(self, entry: ShardEntry) -> Iterator[Record | DataError]:
+        """Yields the records of one shard with what files beside it say; last the error that it broke off with, if any.
+
+        Raises:
+            DataError: a file beside the shard is damaged.
+            FetchError: it is there, and cannot be fetched.
+        """
+        captions, scores = (
+            [SideEntries(path) for suffix in suffixes if (path := beside(entry.location, Path(entry.location), suffix))]
+            for suffixes in (self.caption_suffixes, self.score_suffixes)
+        )
+        for record in records_of(entry):
+            if isinstance(record, Record) and (captions or scores):
+                found = [[file.entry(record.name) for file in files] for files in (captions, scores)]
+                record = replace(record, side_captions=found[0], side_scores=found[1])
+            yield record
+
     def _records(self, reader: int, readers: int) -> Iterator[Record | DataError]:
         order = self.order()
         if len(order) >= readers:
             for entry in order[reader::readers]:
-                yield from records_of(entry)
+                yield from self.records_of(entry)
             return
         number = 0
         for entry in order:
-            for record in records_of(entry):
+            for record in self.records_of(entry):
                 if number % readers == reader:
                     yield record
                 number += 1

@@ -57,6 +57,29 @@ class SideFile:
             raise BrokenSampleError(key, f"{self.path} has changed or cannot be read: {error}") from error
 
 
+class SideEntries:
+    """The same for a shard whose keys are not known before it is read: the whole file is kept while that lasts.
+
+    Args:
+        path: of the JSON file.
+
+    Raises:
+        DataError: the file cannot be read, or is no JSON mapping.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.content = path.read_bytes()
+            self.spans = _positions(self.content)
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not a readable JSON mapping ({error}): repair or remove it.") from error
+
+    def entry(self, key: str) -> Any:
+        """Returns the entry of a record, {} where it has none."""
+        begin, end = self.spans.get(key, (0, 0))
+        return json.loads(self.content[begin:end]) if end else {}
+
+
 def _positions(content: bytes) -> dict[str, tuple[int, int]]:
     """Returns where the value of every key of a JSON mapping begins and ends, in bytes."""
     text = content.decode("latin-1")  # a character for each byte; the syntax of JSON is ASCII

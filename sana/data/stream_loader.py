@@ -14,7 +14,7 @@ from sana.data.collate import Batch, collate
 from sana.data.sample import BrokenSampleError, DataError, Sample
 from sana.data.shard_list import ShardEntry
 from sana.data.shard_records import Record, make_sample
-from sana.data.shard_stream import StreamedShards, records_of
+from sana.data.shard_stream import StreamedShards
 from sana.utils.logging import get_logger
 
 _logger = get_logger("data.stream_loader")
@@ -256,7 +256,7 @@ class StreamLoader:
         self, entry: ShardEntry, position: int, shards: int, first: int
     ) -> Iterator[tuple[int, Record | DataError]]:
         split = len(self.shards.entries) < self.shards.world_size
-        for count, record in enumerate(records_of(entry)):
+        for count, record in enumerate(self.shards.records_of(entry)):
             others = split and isinstance(record, Record)
             if count < first or (others and (count + position) % self.shards.world_size != self.shards.rank):
                 continue
@@ -274,7 +274,7 @@ class StreamLoader:
         found: dict[Place, Record] = {}
         for (number, shard), counts in sorted(wanted.items()):
             entry = self._order(number)[shard]
-            for count, record in enumerate(islice(records_of(entry), max(counts) + 1)):
+            for count, record in enumerate(islice(self.shards.records_of(entry), max(counts) + 1)):
                 if count in counts and isinstance(record, Record):
                     found[number, shard, count] = record
             if len(counts) > sum(place[:2] == (number, shard) for place in found):

@@ -243,6 +243,8 @@ def build_stream(config: SanaConfig, parallel: Parallel) -> StreamLoader:
     shards = StreamedShards(
         [folder for folder in data.data_dir if folder], records, rank=parallel.rank, world_size=parallel.world_size,
         seed=train.seed, shuffle=options.order == "shuffled",
+        external_caption_suffixes=data.external_caption_suffixes,
+        external_clipscore_suffixes=data.external_clipscore_suffixes,
     )  # fmt: skip
     return StreamLoader(
         shards, train.train_batch_size, samples=options.stream_samples or None, num_workers=train.num_workers,

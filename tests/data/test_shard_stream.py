@@ -1,5 +1,7 @@
 """Streams give every record once, in an order that a position can be found in again, over files, pipes and the web."""
 
+import json
+import random
 import shlex
 import threading
 from contextlib import contextmanager
@@ -274,3 +276,69 @@ def test_a_rank_outside_the_world_is_refused(tmp_path):
     write_shards(tmp_path, 1)
     with pytest.raises(ValueError, match="rank is 2 of 2"):
         stream(tmp_path, rank=2, world_size=2)
+
+
+def with_captions(folder, *counts):
+    """Writes shards with captions and scores beside all of them but the last; returns the suffixes."""
+    paths = write_shards(folder, *counts)
+    for number, path in enumerate(paths[:-1]):
+        names = [f"{sum(counts[:number]) + record:04d}" for record in range(counts[number])]
+        captions = {name: {"one": f"first {number} {name}", "two": "日本"} for name in names[1:]}  # the first has none
+        scores = {name: {"one": 20 + number, "two": 27.5, "prompt": 30} for name in names}
+        path.with_name(f"{path.stem}_VLM.json").write_text(json.dumps(captions))
+        path.with_name(f"{path.stem}_VLM_clip_score.json").write_text(json.dumps(scores), encoding="utf-8")
+    return {
+        "external_caption_suffixes": ["_VLM", "_absent"],
+        "external_clipscore_suffixes": ["_VLM_clip_score", "_absent"],
+    }
+
+
+@pytest.mark.parametrize("way", ["folder", "web"])
+def test_files_beside_the_shards_are_read_as_with_random_access(tmp_path, served, home, way):
+    folder, url, _ = served
+    suffixes = with_captions(folder, 4, 3, 2)
+    options = RecordOptions(image_size=16, multi_scale=False, clip_thr=21.0)
+    data = SanaWebDataset(data_dir=str(folder), image_size=16, clip_thr=21.0, **suffixes)
+    places = {"folder": str(folder), "web": f"{url}/{{000000..000002}}.tar"}
+    kinds = set()
+    for seed in range(5):
+        given = StreamedShards(places[way], options, shuffle=False, seed=seed, **suffixes)
+        for index, sample in enumerate(given):
+            expected = data.load(index, random.Random(f"{seed} 0 {data.key(index)}"))
+            assert (sample.key, sample.caption, sample.caption_type, sample.clip_score) == (
+                expected.key,
+                expected.caption,
+                expected.caption_type,
+                expected.clip_score,
+            )
+            assert torch.equal(sample.image, expected.image)
+            kinds.add((sample.caption_type, sample.clip_score))
+        assert index == len(data) - 1
+    assert kinds == {("one", "21.0"), ("two", "27.5"), ("prompt", "30.0"), ("prompt", "")}
+
+
+def test_damaged_files_beside_a_shard_end_the_stream(tmp_path):
+    suffixes = with_captions(tmp_path, 2, 1)
+    (tmp_path / "000000_VLM.json").write_text('{"0000": {"one": "cut')
+    told = []
+    with pytest.raises(DataError, match="000000_VLM.json is not a readable JSON mapping"):
+        list(stream(tmp_path, shuffle=False, on_broken=told.append, **suffixes))
+    assert told == []  # it is not one of the broken records that a budget lets pass
+
+
+def test_files_beside_a_shard_that_cannot_be_fetched_end_the_stream(served, home):
+    folder, url, _ = served
+    suffixes = with_captions(folder, 2, 1)
+    (folder / "000000_VLM.json").unlink()
+    (folder / "000000_VLM.json").mkdir()
+    (folder / "000000_VLM.json" / "index.html").mkdir(parents=True)  # the server answers with an error, not with 404
+    with pytest.raises((FetchError, DataError), match="_VLM.json"):
+        list(stream(f"{url}/000000.tar", **suffixes))
+
+
+def test_nothing_is_beside_the_output_of_a_command(tmp_path):
+    (path,) = write_shards(tmp_path, 2)
+    place = f"pipe:cat {shlex.quote(str(path))}"
+    assert len(list(stream(place))) == 2
+    with pytest.raises(DataError, match="Beside the output of pipe:cat .* there are no files with captions or scores"):
+        stream(place, external_caption_suffixes=["_VLM"])

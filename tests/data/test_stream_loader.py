@@ -1,5 +1,6 @@
 """Batches of streams: every record once a pass, buckets kept apart, exact places, ranks in step, broken records."""
 
+import json
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -150,6 +151,30 @@ def test_another_number_of_ranks_begins_another_pass(mixed):
         assert (source.epoch, source.batches_left) == (1, 6)
     given = [keys(seen(source, 4)) for source in two]
     assert len({*given[0], *given[1]}) == 8
+
+
+def test_captions_beside_the_shards_wait_in_half_filled_buckets_and_are_found_again(mixed):
+    for shard, count, start in ((0, 3, 0), (2, 2, 8)):
+        said = {f"{number:04d}": {"one": f"beside {number}"} for number in range(start, start + count)}
+        (mixed / f"{shard:06d}_VLM.json").write_text(json.dumps(said))
+        (mixed / f"{shard:06d}_score.json").write_text(json.dumps({name: {"one": 50} for name in said}))
+
+    def fresh():
+        records = RecordOptions(image_size=128, aspect_ratio_type="ASPECT_RATIO_256", clip_thr=30.0)
+        shards = StreamedShards(
+            str(mixed), records, seed=3, external_caption_suffixes=["_VLM"], external_clipscore_suffixes=["_score"]
+        )
+        return StreamLoader(shards, 2, samples=16)
+
+    whole = seen(fresh(), 16)
+    for key, caption in ((key, caption) for b in whole for key, caption in zip(b.keys, b.captions, strict=True)):
+        shard, _, number = key.partition("/")
+        assert caption == f"{'beside' if shard in ('000000', '000002') else 'caption'} {int(number)}"
+    for taken in (1, 5, 9):
+        first, again = fresh(), fresh()
+        seen(first, taken)
+        again.load_state_dict(first.state_dict())
+        assert_same(seen(again, 16 - taken), whole[taken:])
 
 
 def test_the_web_is_streamed_and_resuming_asks_only_for_what_it_needs(mixed):
