@@ -183,7 +183,7 @@ class Page:
         }
 
     def restore(self, path: str | None) -> dict[Any, Any]:
-        """Fills the fields from the recipe in a dropped PNG; the dropped copy is removed."""
+        """Fills the fields from the recipe in a dropped PNG. Gradio removes the dropped copy within an hour or two."""
         if not path:
             return {self.parts.error: ""}
         try:

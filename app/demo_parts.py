@@ -111,6 +111,7 @@ def arrange(limits: Limits, options: DemoOptions, pipeline: SanaPipeline, notice
     with gr.Row(elem_id="page"):
         with gr.Column(elem_id="compose"):
             _compose(gr, parts)
+            gr.Markdown(notice, elem_id="safety-notice")
         with gr.Column(elem_id="results"):
             _results(gr, parts)
         with gr.Column(elem_id="settings"):
@@ -124,7 +125,6 @@ def arrange(limits: Limits, options: DemoOptions, pipeline: SanaPipeline, notice
                 elem_id="restore",
             )
             _prompts(gr, parts, examples.examples(model.model))
-            gr.Markdown(notice, elem_id="safety-notice")
     parts["pictures"], parts["chosen"] = gr.State([]), gr.State(0)
     parts["history_state"] = gr.BrowserState([], storage_key="sana-prompts", secret="sana-prompts")
     order = ("prompt", "negative_prompt", "style", "width", "height", "steps", "guidance", "pag", "seed", "randomise")

@@ -96,8 +96,8 @@ def test_generate_makes_the_pictures_and_shows_how(demo: Any) -> None:
 def test_the_file_to_download_is_the_pipelines_picture_with_its_recipe(demo: Any, small: SanaPipeline) -> None:
     shown = together(press(demo.actions, seed=4, width=96))
     picture = shown[demo.actions.parts.pictures][0]
-    expected = small("a red circle", 64, 96, num_inference_steps=2, guidance_scale=5.0, pag_scale=demo.actions.limits.pag,
-                     seed=4, output_type="pil")[0]  # fmt: skip
+    expected = small("a red circle", 64, 96, num_inference_steps=2, guidance_scale=5.0,
+                     pag_scale=demo.actions.limits.pag, seed=4, output_type="pil")[0]  # fmt: skip
     with Image.open(picture.path) as image:
         assert np.array_equal(np.asarray(image), np.asarray(expected))
     assert read_recipe(picture.path) == picture.recipe.as_dict()

@@ -11,10 +11,21 @@ from sana.pipelines.images import read_recipe
 from sana.pipelines.recipe import Recipe
 
 RECIPE = Recipe(
-    prompt="a red/../circle 🍋", negative_prompt="", seed=7, height=8, width=8, num_inference_steps=2,
-    sampler="flow_euler", guidance_scale=4.5, pag_scale=1.0, interval_guidance=(0.0, 1.0), flow_shift=3.0, use_resolution_binning=True,
-    dtype="fp32", weights="0" * 32,
-)  # fmt: skip
+    prompt="a red/../circle 🍋",
+    negative_prompt="",
+    seed=7,
+    height=8,
+    width=8,
+    num_inference_steps=2,
+    sampler="flow_euler",
+    guidance_scale=4.5,
+    pag_scale=1.0,
+    interval_guidance=(0.0, 1.0),
+    flow_shift=3.0,
+    use_resolution_binning=True,
+    dtype="fp32",
+    weights="0" * 32,
+)
 
 
 @pytest.fixture

@@ -136,7 +136,8 @@ def test_the_fields_are_those_of_the_recipe(limits: Limits) -> None:
     "change",
     [
         {"width": 10**6}, {"width": "256"}, {"prompt": None}, {"prompt": {}}, {"num_inference_steps": 10**9},
-        {"seed": 2**62}, {"guidance_scale": float("nan")}, {"guidance_scale": None}, {"pag_scale": []}, {"negative_prompt": 3},
+        {"seed": 2**62}, {"guidance_scale": float("nan")}, {"guidance_scale": None}, {"pag_scale": []},
+        {"negative_prompt": 3},
         {"height": 257},
     ],
 )  # fmt: skip
