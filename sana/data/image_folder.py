@@ -5,7 +5,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +26,7 @@ from sana.data.image_records import SHOWN, ImageRecord, find_records
 from sana.data.images import MAX_PIXELS, get_reader, image_size
 from sana.data.safe_arrays import read_npy, read_npz
 from sana.data.sample import BrokenSampleError, DataError, Sample
+from sana.data.size_index import image_sizes
 from sana.data.transforms import bucket_transform, get_transform, picture_size
 from sana.utils.logging import get_logger
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-HEADER_THREADS = 8  # for folders on a network
-HEADERS_AT_ONCE = 4096
 Parsed = TypeVar("Parsed", dict[str, str], list[tuple[str, float]])
 SQUARE = "1.0"  # the only bucket without multi_scale
 
@@ -106,8 +104,8 @@ class SanaImgDataset:
         self.clip_thr, self.clip_thr_temperature = clip_thr, clip_thr_temperature
         self.caption_lines, self.max_pixels = caption_lines, max_pixels
         self.load_vae_feat, self.load_text_feat, self.feature_dir = load_vae_feat, load_text_feat, feature_dir
-        folders = [data_dir] if isinstance(data_dir, str | Path) else list(data_dir)
-        self.records: list[ImageRecord] = find_records(folders, external_caption_suffixes)
+        self.folders = [data_dir] if isinstance(data_dir, str | Path) else list(data_dir)
+        self.records: list[ImageRecord] = find_records(self.folders, external_caption_suffixes)
         if sort_dataset:
             self.records.sort(key=lambda record: record.key)
         self._buckets: list[str] | None = None
@@ -127,7 +125,7 @@ class SanaImgDataset:
         return hashlib.sha256(keys.encode("utf-8", "surrogateescape")).hexdigest()
 
     def buckets(self) -> list[str]:
-        """The bucket of every image, from the headers of the files; read once.
+        """The bucket of every image, from the headers of the files; read once, and remembered in large folders.
 
         An image whose header cannot be read gets the bucket that most others have, so that it is drawn like them and
         `load` says what is wrong with it: it is counted as broken there.
@@ -232,17 +230,8 @@ class SanaImgDataset:
 
     def _read_buckets(self) -> list[str]:
         table = ASPECT_RATIOS[self.aspect_ratio_type]
-
-        def ratio(record: ImageRecord) -> str | BrokenSampleError:
-            try:
-                return closest_ratio(*image_size(record.path, record.key, max_pixels=self.max_pixels), table)
-            except BrokenSampleError as error:
-                return error
-
-        found: list[str | BrokenSampleError] = []
-        with ThreadPoolExecutor(HEADER_THREADS) as threads:
-            for start in range(0, len(self), HEADERS_AT_ONCE):
-                found += threads.map(ratio, self.records[start : start + HEADERS_AT_ONCE])
+        sizes = image_sizes(self.folders, self.records, max_pixels=self.max_pixels)
+        found = [size if isinstance(size, BrokenSampleError) else closest_ratio(*size, table) for size in sizes]
         broken = [entry for entry in found if isinstance(entry, BrokenSampleError)]
         buckets = [entry for entry in found if isinstance(entry, str)]
         if not buckets:
