@@ -20,8 +20,11 @@ from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.serving.coroutine import Coroutine, Outcome
 from sana.serving.evaluation import Evaluator, attempt
 from sana.serving.job import CancelledError, HandedBackError, Job, JobOptions
+from sana.serving.memory import give_back
 from sana.serving.stepping import Do, SteppedPipeline
 from sana.serving.throughput import Throughput
+
+REST_SECONDS = 5.0  # without work, after which memory is given back
 
 
 class QueueFullError(RuntimeError):
@@ -223,9 +226,7 @@ class Engine:
         new: list[_Run] = []
         with self._changed:
             while not self._closing and not self._queue and not self._active:
-                self._throughput.idle()
-                self._evaluator.forget()
-                self._changed.wait()
+                self._rest()
             if self._closing and not self._active:
                 return False
             while self._queue and len(self._active) < self.max_active:
@@ -236,6 +237,14 @@ class Engine:
             run.coroutine.start()
             self._go_on(run)
         return True
+
+    def _rest(self) -> None:
+        """Waits for work; when none came for a while, gives memory back that only work needs."""
+        self._throughput.idle()
+        self._evaluator.forget()
+        if not self._changed.wait(REST_SECONDS):
+            give_back()
+            self._changed.wait()
 
     def _begin(self, job: Job) -> _Run:
         assert self._threads is not None

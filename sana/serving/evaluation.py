@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sana.models.transformer.caches import TextCache, TextPart, TimeCache
-from sana.models.transformer.embedding import unpatchify
+from sana.models.transformer.caches import TextCache, TextPart, TimeCache, join_times
 from sana.serving.coroutine import Outcome
 from sana.serving.stepping import Evaluate
 
@@ -118,7 +117,8 @@ class Evaluator:
                 assert text.mask is not None, "joined texts have a mask"
                 key_values = tuple((key[places], value[places]) for key, value in text.key_values)
                 text = TextPart(text.rows, key_values, text.mask[places])
-            output = denoise_rows(self.transformer, latents, _times(questions, order), text, layers, perturbed)
+            kwargs = {"pag_layers": layers, "pag_rows": perturbed} if perturbed else {}
+            output = self.transformer(latents, _times(questions, order), TextCache((text,)), **kwargs)
         else:
             output = self._plain(questions, latents, places, layers, perturbed)
         back = torch.empty_like(output)
@@ -190,33 +190,6 @@ def join_texts(caches: Sequence[TextCache]) -> TextPart:
     return TextPart(tuple(range(rows)), key_values, torch.cat(masks))
 
 
-def denoise_rows(
-    transformer: Any, latents: Tensor, time: TimeCache, text: TextPart, pag_layers: Sequence[int], pag_rows: int
-) -> Tensor:
-    """`CachedSampling.denoise` with a time for every row.
-
-    Args:
-        transformer: `SanaMS` or a class of its kind.
-        latents: (B, C, H, W).
-        time: blocks (depth, B, 6, D) and time (B, D).
-        text: of the B rows.
-        pag_layers: blocks whose self-attention is perturbed ...
-        pag_rows: ... for so many rows at the end.
-
-    Returns:
-        (B, C', H, W).
-    """
-    patch = transformer.architecture.patch_size
-    grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
-    rotary = transformer.rotary(grid, latents.device)
-    tokens = transformer.embed_latents(latents, grid)
-    layers = zip(transformer.blocks, time.blocks, text.key_values, strict=True)
-    for index, (block, table, key_value) in enumerate(layers):
-        tokens = block(tokens, key_value, table, text.mask, grid, rotary, pag_rows if index in pag_layers else 0)
-    output: Tensor = unpatchify(transformer.final_layer(tokens, time.time), grid, patch)
-    return output
-
-
 def row_order(questions: Sequence[Evaluate]) -> tuple[list[int], int]:
     """Returns where each row of the joint batch comes from, perturbed ones last, and the number of those."""
     plain: list[int] = []
@@ -231,12 +204,9 @@ def row_order(questions: Sequence[Evaluate]) -> tuple[list[int], int]:
 
 
 def _times(questions: Sequence[Evaluate], order: Sequence[int]) -> TimeCache:
-    """Returns the modulation of every row: blocks (depth, B, 6, D) and time (B, D)."""
+    """Returns the time of every row."""
     owner = [index for index, one in enumerate(questions) for _ in range(len(one.latents))]
-    whose = torch.tensor([owner[row] for row in order], device=questions[0].latents.device)
-    times = [one.args[1] for one in questions]
-    blocks = torch.stack([one.blocks for one in times], dim=1)[:, whose]
-    return TimeCache(blocks, torch.cat([one.time for one in times])[whose])
+    return join_times([one.args[1] for one in questions], [owner[row] for row in order])
 
 
 def _pad(tensor: Tensor, length: int, axis: int) -> Tensor:

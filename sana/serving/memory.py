@@ -1,6 +1,7 @@
-"""The C library's heaps in a process that serves for months. What pictures need is in `sana/pipelines/memory`."""
+"""The C library's heap in a process that serves for months. What pictures need is in `sana/pipelines/memory`."""
 
 import ctypes
+from typing import Any
 
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
@@ -15,8 +16,25 @@ def share_one_heap() -> bool:
     Returns:
         Whether the C library has such a switch: False outside glibc, where nothing is done.
     """
+    mallopt = _function("mallopt")
+    return mallopt is not None and bool(mallopt(M_ARENA_MAX, 1))
+
+
+def give_back() -> bool:
+    """Gives the system the pages that nothing needs now; takes milliseconds, and they come back when they are needed.
+
+    Returns:
+        Whether the C library can: False outside glibc, where nothing is done.
+    """
+    trim = _function("malloc_trim")
+    if trim is not None:
+        trim(0)
+    return trim is not None
+
+
+def _function(name: str) -> Any:
+    """Returns a function of the C library; None where it has none of that name: musl, macOS, Windows."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl has no mallopt, Windows no library of that name
-        return False
-    return bool(mallopt(M_ARENA_MAX, 1))
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):
+        return None

@@ -27,7 +27,8 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
         ValueError: uvicorn is not installed.
     """
     module: Any = need("uvicorn.protocols.http.h11_impl")
-    base, h11 = module.H11Protocol, module.h11
+    base: Any = module.H11Protocol
+    h11 = module.h11
 
     class GuardedProtocol(base):
         _head_timer: TimerHandle | None = None
@@ -35,8 +36,9 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._limit, self.limit_concurrency = self.limit_concurrency, None
-            self._application = self.app
+            self._limit: int | None = self.config.limit_concurrency
+            self.limit_concurrency = None  # uvicorn's own check does nothing then
+            self._application: Any = self.app
 
         def handle_events(self) -> None:
             full = self._limit is not None and max(len(self.connections), len(self.tasks)) >= self._limit

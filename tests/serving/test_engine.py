@@ -1,6 +1,7 @@
 """The engine: pictures with the bits of the offline pipeline, whoever comes and goes meanwhile."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from sana.models.transformer.sana import SanaMS
 from sana.pipelines.denoise import NonFiniteError
 from sana.pipelines.request import Request
 from sana.pipelines.sana_pipeline import SanaPipeline
+from sana.serving import engine as engine_module
 from sana.serving.engine import Engine, QueueFullError
 from sana.serving.evaluation import BrokenDeviceError
 from sana.serving.job import CancelledError, HandedBackError, JobOptions
@@ -259,3 +261,15 @@ def test_on_a_gpu_company_changes_a_picture_within_rounding_only():
     for image, offline in zip(done, expected, strict=True):
         assert (image - offline).norm() <= 1e-3 * offline.norm()
     assert stats.forwards < stats.steps / 1.5
+
+
+def test_memory_is_given_back_once_when_no_work_came_for_a_while(small, monkeypatch):
+    given, calls = threading.Event(), []
+    monkeypatch.setattr(engine_module, "REST_SECONDS", 0.01)
+    monkeypatch.setattr(engine_module, "give_back", lambda: (calls.append(1), given.set()))
+    with Engine(small) as engine:
+        for rests in (1, 2):
+            assert given.wait(WAIT) and len(calls) == rests
+            given.clear()
+            (job,) = engine.submit([quick()])
+            assert job.future.result(WAIT) is not None

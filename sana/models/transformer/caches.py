@@ -1,5 +1,6 @@
 """What the steps of one sampling share: texts as keys and values, times as tables. Formulas are in the layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,10 +13,28 @@ from sana.models.transformer.embedding import unpatchify
 
 
 class TimeCache(NamedTuple):
-    """The modulation of every block and of the output layer at one time, which all rows of a batch share."""
+    """The modulation of every block and of the output layer: at one time that all rows of a batch share, or by row."""
 
-    blocks: Tensor  # (depth, 6, D)
-    time: Tensor  # (1, D), for the output layer
+    blocks: Tensor  # (depth, 6, D), or (depth, B, 6, D)
+    time: Tensor  # (1, D), or (B, D), for the output layer
+
+    def of_rows(self, rows: tuple[int, ...]) -> "TimeCache":
+        """Returns that of some rows of the batch."""
+        if self.blocks.dim() == 3:
+            return self
+        return TimeCache(self.blocks[:, rows], self.time[rows, :])
+
+
+def join_times(times: Sequence[TimeCache], rows: Sequence[int]) -> TimeCache:
+    """Returns the times of a batch whose rows do not share one.
+
+    Args:
+        times: each shared by the rows that have it.
+        rows: for each of the B rows the place of its time in `times`.
+    """
+    places = torch.tensor(list(rows), device=times[0].time.device)
+    blocks = torch.stack([one.blocks for one in times], dim=1)
+    return TimeCache(blocks[:, places], torch.cat([one.time for one in times])[places])
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,7 @@ class CachedSampling:
 
         Args:
             x: (B, C, H, W) latents.
-            time: of all rows.
+            time: of all rows, or of each.
             text: of the B rows.
             pag_layers: see `forward`.
             pag_rows: see `forward`.
@@ -126,7 +145,7 @@ class CachedSampling:
         results: list[Tensor] = [x] * len(x)
         for part in text.parts:
             perturbed = sum(row >= first_perturbed for row in part.rows)
-            out = self._denoise(x[part.rows, ...], time, part, layers, perturbed)
+            out = self._denoise(x[part.rows, ...], time.of_rows(part.rows), part, layers, perturbed)
             for row, result in zip(part.rows, out.split(1), strict=True):
                 results[row] = result
         return torch.cat(results)
@@ -137,7 +156,8 @@ class CachedSampling:
         tokens = self.embed_latents(x, grid)
         for index, (block, table, key_value) in enumerate(zip(self.blocks, time.blocks, text.key_values, strict=True)):
             identity_rows = pag_rows if index in pag_layers else 0
-            tokens = block(tokens, key_value, table[None], text.mask, grid, rotary, identity_rows)
+            modulation = table if table.dim() == 3 else table[None]
+            tokens = block(tokens, key_value, modulation, text.mask, grid, rotary, identity_rows)
         return unpatchify(self.final_layer(tokens, time.time), grid, self.architecture.patch_size)
 
     def _cache_rows(self, rows: tuple[int, ...], y: Tensor, mask: Tensor | None) -> TextPart:

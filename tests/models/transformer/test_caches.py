@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sana.models.transformer.attention import set_fp32_attention
+from sana.models.transformer.caches import join_times
 from sana.models.transformer.controlnet import SanaMSControlNet
 from sana.models.transformer.sana_cm import SanaMSCM
 from tests.models.transformer.networks import inputs, small
@@ -84,6 +85,26 @@ def test_texts_and_latents_must_have_the_same_rows():
     text, time = model.cache_text(batch["y"]), model.cache_time(batch["timestep"])[0]
     with pytest.raises(ValueError, match="3 rows and texts of 2"):
         model.denoise(torch.cat([batch["x"], batch["x"][:1]]), time, text)
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("changes", KINDS)
+def test_every_row_may_have_a_time_of_its_own(changes, by_row):
+    model, batch = small(**changes), inputs(3, lengths=[3, 6, 1])
+    batch["timestep"] = torch.tensor([900.0, 313.0, 900.0])
+    with torch.no_grad():
+        text = model.cache_text(batch["y"], batch["mask"], batch_invariant=by_row)
+        times = join_times(model.cache_time(torch.tensor([313.0, 900.0])), [1, 0, 1])
+        assert times.blocks.shape[:2] == (len(model.blocks), 3) and len(times.time) == 3
+        assert_rms_close(model(batch["x"], times, text), model(**batch))
+
+
+def test_rows_that_share_a_time_have_the_bits_of_a_shared_one():
+    model, batch = small(), inputs(3, lengths=[3, 6, 1])
+    with torch.no_grad():
+        text = model.cache_text(batch["y"], batch["mask"])
+        time = model.cache_time(torch.tensor([313.0]))[0]
+        assert torch.equal(model(batch["x"], join_times([time], [0, 0, 0]), text), model(batch["x"], time, text))
 
 
 @pytest.mark.parametrize("kind", [SanaMSControlNet, SanaMSCM])
