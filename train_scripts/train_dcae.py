@@ -128,6 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             where = f"{len(images)} training images" if images is not None else "64 fresh scenes"
             print(f"PSNR {psnr(autoencoder, images=images):.2f} dB over {where}; written to {options.work_dir / 'vae'}")
         barrier()
+        trainer.lock.release()
         return None
 
     return run_command(work)

@@ -44,6 +44,7 @@ from sana.training.ema import ExponentialMovingAverage
 from sana.training.muon import Muon, split_parameters
 from sana.training.nonfinite import TrainingDivergedError
 from sana.training.parallel import Parallel
+from sana.training.run_lock import RunLock
 from sana.training.schedule import Progress, lr_factor
 from sana.training.signals import SignalWatch, StoppedBySignal
 from sana.training.train_log import LOG_NAME, Throughput, TrainLog, describe, progress_bar
@@ -83,10 +84,17 @@ class DCAETrainer:
     Raises:
         ValueError: options that do not fit together, or a work_dir of another run.
         CheckpointError, DataError: weights or images that are not there.
+        WorkDirInUseError: another process trains into the work_dir.
     """
 
     def __init__(self, options: DCAETraining) -> None:
         self.options, self.parallel = options, Parallel(options.mixed_precision)
+        self.lock = RunLock(options.work_dir, main=self.parallel.is_main, gather=self.parallel.gather)
+        with self.lock.acquired():  # whoever writes into the work_dir after `train` releases it
+            self._build()
+
+    def _build(self) -> None:
+        options = self.options
         seed_everything(options.seed)
         autoencoder = initial_autoencoder(options.vae_pretrained, options.model, options.residual_gain)
         self.perceptual = _perceptual(options, autoencoder)
@@ -286,7 +294,11 @@ class DCAETrainer:
 
 def train_dcae(options: DCAETraining) -> Autoencoder:
     """Runs or resumes a training; returns the averaged autoencoder in eval mode. See `DCAETrainer`."""
-    return DCAETrainer(options).train()
+    trainer = DCAETrainer(options)
+    try:
+        return trainer.train()
+    finally:
+        trainer.lock.release()
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from sana.training.objective import draw
 from sana.training.optimizer import auto_scale_lr, build_optimizer, fsdp_refusal
 from sana.training.parallel import Parallel
 from sana.training.report import Report
+from sana.training.run_lock import RunLock
 from sana.training.signals import SignalWatch, StoppedBySignal
 from sana.training.skipping import skips_on_device, step_unless, uncount_step
 from sana.training.text import embed_captions
@@ -78,6 +79,7 @@ class Trainer:
         ConfigError: the configuration asks for what cannot be done.
         DataError: there is no usable data, or processes disagree about it.
         CheckpointError, FetchError: weights do not fit or cannot be had.
+        WorkDirInUseError: another process trains into the work_dir.
     """
 
     def __init__(self, config: SanaConfig) -> None:
@@ -87,6 +89,12 @@ class Trainer:
         check_writable(self.work_dir)
         require_start(config)
         self.parallel = Parallel(config.model.mixed_precision, use_fsdp=config.train.use_fsdp)
+        self.lock = RunLock(self.work_dir, main=self.parallel.is_main, gather=self.parallel.gather)
+        with self.lock.acquired():  # until `train` ends: two runs would spoil each other's files
+            self._build()
+
+    def _build(self) -> None:
+        config = self.config
         seed_everything(config.train.seed)  # every process starts from the same weights
         self.networks = build_networks(config, self.extra)
         choose_kernels(self.networks.transformer, self.extra, self.parallel.device)
@@ -121,7 +129,15 @@ class Trainer:
         Raises:
             StoppedBySignal: SIGTERM or SIGINT came; the checkpoint is written.
             TrainingDivergedError: too many steps with a loss or gradient that is not finite.
+            WorkDirInUseError: another process trains into the work_dir by now.
         """
+        self.lock.acquire()
+        try:
+            self._train()
+        finally:
+            self.lock.release()
+
+    def _train(self) -> None:
         train, started, epochs, stop = self.config.train, time.monotonic(), self.epochs, 0.0
         with SignalWatch(launched=self.parallel.world_size > 1) as signals, self.report:
             while self.step < self.total_steps:
