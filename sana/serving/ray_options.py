@@ -9,7 +9,6 @@ from sana.serving.settings import ServerSettings
 NAME = "sana"  # of the application, and of its one deployment
 SPARE_REQUESTS = 16  # that a replica takes beside its pictures: /health, /metrics, and those that it turns away itself
 HEALTH_SECONDS = 2.0  # between two looks at a replica; after three bad ones Ray puts another in its place
-LOOK_BACK = (2.0, 30.0)  # seconds of load that decide the number of replicas: at least, at most
 QUEUE_RETRY_SECONDS = 5  # what Ray tells a client when no replica takes requests and too many wait
 
 
@@ -89,7 +88,6 @@ class RayOptions:
         The queue that counts is the engine's, in each replica, which turns away in OpenAI's form and knows for how
         long; Ray's own, in front of them, is reached only while replicas start.
         """
-        look_back = min(max(self.upscale_seconds, LOOK_BACK[0]), LOOK_BACK[1])
         return {
             "name": NAME,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": gpus},
@@ -107,8 +105,6 @@ class RayOptions:
                 "target_ongoing_requests": self.target_ongoing_requests or max(1.0, settings.max_active / 2),
                 "upscale_delay_s": self.upscale_seconds,
                 "downscale_delay_s": self.downscale_seconds,
-                "metrics_interval_s": min(look_back / 2, 10.0),
-                "look_back_period_s": look_back,
             },
         }
 

@@ -8,6 +8,7 @@ from sana.pipelines.options import InferenceOptions
 from sana.serving.app import Message, Outside, Send, build_app
 from sana.serving.engine import Engine
 from sana.serving.extras import need, need_ray
+from sana.serving.memory import share_one_heap
 from sana.serving.model import open_model
 from sana.serving.service import Service
 from sana.serving.settings import ServerSettings
@@ -35,6 +36,7 @@ class Replica:
 
     def __init__(self, options: InferenceOptions, settings: ServerSettings, store: Any, *, lower: bool = False) -> None:
         setup_logging()
+        share_one_heap()
         self.name = str(need("ray.serve").get_replica_context().replica_tag)
         self.ending = False
         pipeline, settings = open_model(options, settings, lower=lower)

@@ -76,7 +76,7 @@ def serve_ray(
         warn_if_open(settings)
         stack.enter_context(_ray(ray, ray_options))
         gpus = ray_options.gpus(options.device, int(ray.cluster_resources().get("GPU", 0)))
-        _check_room(ray_options, gpus, ray.cluster_resources())
+        check_room(ray_options, gpus, ray.cluster_resources())
         deployment = ray_options.deployment(settings, gpus)
         service = Service(ray, deployment, (options, settings), lower=lower)
         try:
@@ -168,8 +168,17 @@ def _ray(ray: Any, options: RayOptions) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_room(options: RayOptions, gpus: float, resources: dict[str, float]) -> None:
-    """Refuses what can never start on this machine; of a cluster, which may grow, only says it."""
+def check_room(options: RayOptions, gpus: float, resources: dict[str, float]) -> None:
+    """Refuses what can never start on this machine; of a cluster, which may grow, only says it.
+
+    Args:
+        options: of the replicas.
+        gpus: of each.
+        resources: "CPU" and "GPU" of the Ray.
+
+    Raises:
+        ValueError: there is no room for `min_replicas`.
+    """
     room = options.room(gpus, resources)
     have = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
     if room >= options.max_replicas:

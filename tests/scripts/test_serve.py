@@ -33,9 +33,9 @@ def test_every_setting_has_a_flag_and_its_default_is_said():
 def test_flags_reach_the_server(monkeypatch, tmp_path, capsys):
     seen = []
 
-    def serve(options, settings, on_ready):
+    def serve(options, settings, on_ready, *, lower):
         on_ready("http://here")
-        seen.append((options, settings))
+        seen.append((options, settings, lower))
         return 0
 
     monkeypatch.setattr(server, "serve", serve)
@@ -43,10 +43,24 @@ def test_flags_reach_the_server(monkeypatch, tmp_path, capsys):
     keys.write_text("two\n")
     code = main(["--model_path=x", "--device=cpu", "--port=0", "--api_key=one", f"--api_key_file={keys}",
                  "--max_steps=7", "--debug", "--grace_seconds=2.5"])  # fmt: skip
-    ((options, settings),) = seen
+    ((options, settings, lower),) = seen
+    assert lower, "nobody has said how many pictures must be in work"
     assert (code, capsys.readouterr().out) == (0, "http://here\n")
     assert (options.model_path, options.device) == ("x", "cpu")
     assert settings == ServerSettings(port=0, api_keys=("one", "two"), max_steps=7, debug=True, grace_seconds=2.5)
+
+
+def test_flags_of_memory_reach_the_model(monkeypatch):
+    seen = []
+    monkeypatch.setattr(server, "serve", lambda options, settings, on_ready, *, lower: seen.append((options, lower)))
+    assert main(["--max_vram=8GB", "--vae_tiling=256", "--offload=group", "--max_active=3"]) == 0
+    ((options, lower),) = seen
+    assert (options.max_vram, options.vae_tiling, options.offload, lower) == ("8GB", 256, "group", False)
+
+
+def test_what_does_not_fit_is_said_before_anything_is_loaded(capsys):
+    assert main(["--device=cpu", "--port=0", "--max_vram=1MB", "--max_active=1", "--quantization=none"]) == 3
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: One picture in work of the largest size")
 
 
 @pytest.mark.parametrize(
