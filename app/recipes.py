@@ -10,7 +10,7 @@ from PIL import Image
 
 from app.wishes import Limits, WishError, read_wish
 from sana.pipelines.batch_memory import scheme
-from sana.pipelines.images import read_recipe
+from sana.pipelines.images import DAMAGED, read_recipe
 from sana.pipelines.options import BUNDLED_MODEL, InferenceOptions, bundled
 from sana.pipelines.recipe import Recipe
 from sana.pipelines.sana_pipeline import SanaPipeline
@@ -22,17 +22,6 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NO_RECIPE = "This PNG holds no recipe; only pictures made by Sana, unchanged since, hold one."
 NO_PNG = "This file is no PNG picture; drop a PNG that was downloaded here."
 BROKEN = "This picture is damaged or its recipe is; its settings cannot be restored."
-# What Pillow raises for damaged files beside what `read_recipe` expects, and JSON that is nested without end.
-DAMAGED = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    struct.error,
-    LookupError,
-    TypeError,
-    RecursionError,
-    Image.DecompressionBombError,
-)
 # What decides a picture beside the page's fields: shown where a dropped picture differs from what is made here.
 FIXED = {
     "sampler": "sampler", "flow_shift": "flow shift", "dtype": "precision", "interval_guidance": "guidance interval",

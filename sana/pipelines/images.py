@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import struct
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,16 @@ from torch import Tensor
 from sana.pipelines.graphs import to_host
 
 RECIPE_KEY = "sana"  # the PNG's text chunk that holds the recipe as JSON
+DAMAGED = (  # what Pillow and json raise for damaged and hostile files
+    OSError,
+    ValueError,
+    SyntaxError,
+    LookupError,
+    TypeError,
+    RecursionError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 STRIP = 2**20  # pixels that are rounded at once: an image of 4096 px is not copied as a whole in float32
 _FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf")
 
@@ -83,7 +94,7 @@ def read_recipe(path: str | Path) -> dict[str, Any] | None:
             stored = json.loads(getattr(image, "text", {}).get(RECIPE_KEY, "null"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises for damaged files
+    except DAMAGED:
         return None
     return stored if isinstance(stored, dict) else None
 

@@ -1,12 +1,14 @@
 """Pictures, PNG files and sheets: against torchvision, against Pillow reading back, and after faults half way."""
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision.utils import save_image
 
 from sana.pipelines import images as module
@@ -80,6 +82,22 @@ def test_a_truncated_picture_gives_none(tmp_path: Path) -> None:
     for kept in (len(content) // 2, len(content) - 40, 50):
         path.write_bytes(content[:kept])
         assert read_recipe(path) is None, kept
+
+
+@pytest.mark.parametrize("stored", ["[" * 100_000, "{", "[1]", "NaN", '{"a": ' * 50_000])
+def test_a_hostile_recipe_gives_none(tmp_path: Path, stored: str) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("sana", stored)
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png", pnginfo=text)
+    assert read_recipe(tmp_path / "x.png") is None
+
+
+def test_a_picture_of_too_many_pixels_gives_none(tmp_path: Path) -> None:
+    """The header says 60000 x 60000; nothing of that size is ever made."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    whole = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "x.png").write_bytes(whole)
+    assert read_recipe(tmp_path / "x.png") is None
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
