@@ -15,12 +15,14 @@ ROOT = Path(__file__).parents[2]
 OFFICIAL = ("--ipc=host", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864")
 
 
-def wait_for(condition: Callable[[], bool], alive: Callable[[], bool], seconds: float = 180) -> None:
-    """Waits until a condition holds; fails when what it waits for has ended, or after some seconds."""
+def wait_for(
+    condition: Callable[[], bool], alive: Callable[[], bool], log: Callable[[], str], seconds: float = 180
+) -> None:
+    """Waits until a condition holds; fails, with the log, when what it waits for has ended or after some seconds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert alive(), "the container has ended"
-        assert time.monotonic() < end, f"not within {seconds} s"
+        assert alive(), f"the container has ended: {log()}"
+        assert time.monotonic() < end, f"not within {seconds} s: {log()}"
         time.sleep(0.5)
 
 

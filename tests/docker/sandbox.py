@@ -79,7 +79,11 @@ class Sandbox:
         assert self._holder.stdout is not None and self._holder.stderr is not None
         if self._holder.stdout.readline() != "ready\n":
             raise RuntimeError(f"the sandbox cannot be made: {self._holder.stderr.read()}")
-        self._python(USERS)
+        try:
+            self._python(USERS)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Ends the sandbox; its mounts end with its last process."""
