@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sana.ops.backend import choose
+from sana.ops.convolution.cpu import conv2d_cpu
 from sana.ops.linear.cpu import linear_cpu
 from sana.ops.rms_norm import reference
 from sana.ops.rms_norm.cpu import rms_norm_2d_cpu
@@ -164,10 +165,11 @@ class ConvLayer(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         """The convolution alone; a plain 1x1 is a matrix product, which CPU inference does faster by that name."""
         conv = self.conv
-        product = is_plain(conv) and conv.kernel_size == (1, 1) and conv.groups == 1 and conv.stride == (1, 1)
-        if product and choose("auto", x) == "cpu":
+        if not is_plain(conv) or conv.groups > 1 or choose("auto", x) != "cpu":
+            return conv(x)
+        if conv.kernel_size == (1, 1) and conv.stride == (1, 1):
             return linear_cpu(x.permute(0, 2, 3, 1), conv.weight, conv.bias).permute(0, 3, 1, 2)
-        return conv(x)
+        return conv2d_cpu(x, conv.weight, conv.bias, stride=conv.stride[0], padding=int(conv.padding[0]))
 
 
 def is_plain(conv: nn.Module) -> bool:

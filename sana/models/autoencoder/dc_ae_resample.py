@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sana.models.autoencoder.dc_ae_layers import ConvLayer, ResidualBlock, is_plain
 from sana.ops.backend import choose
+from sana.ops.convolution.cpu import conv2d_cpu
 
 
 class PixelUnshuffleDownsample(nn.Module):
@@ -63,7 +64,7 @@ class InterpolateUpsample(nn.Module):
 
     def folded(self, x: Tensor, repeats: int = 0) -> Tensor:
         """The four convolutions of `subpixel_kernels`, interleaved."""
-        return interleave(F.conv2d(x, *self._kernels(repeats), padding=1))
+        return interleave(conv2d_cpu(x, *self._kernels(repeats), padding=1))
 
     def _kernels(self, repeats: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the four convolutions; kept for weights that are not trained, while they stay the same."""

@@ -140,10 +140,29 @@ def test_under_autocast_and_in_16_bits(encodes: bool) -> None:
     assert_exact(actual, expected, rms=2e-2, most=5e-2)
 
 
-def test_at_the_width_of_the_released_one() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("encodes", [False, True])
+def test_at_the_width_of_the_released_one(encodes: bool) -> None:
+    """Where sums are so long that other sizes of maps have other kernels; every preset has layers of this width."""
     model = DCAE(DCAE_PRESETS["dc-ae-f32c32-sana-1.0"]).eval().requires_grad_(False)
-    x = random_input(model, 1, 6, 6, encodes=False)
-    assert_exact(*both(model, x, Tiling(32, 32, 96, 96), encodes=False))
+    x = random_input(model, 1, 5, 6, encodes=encodes)
+    for tile in (64, 128):
+        assert_exact(*both(model, x, Tiling(32, 32, tile, tile), encodes=encodes))
+
+
+@pytest.mark.parametrize("encodes", [False, True])
+def test_at_the_width_of_the_released_one_at_one_place(encodes: bool) -> None:
+    """The last run of a decoder and the first of an encoder, in full width: what runs in tiles of the image."""
+    model = DCAE(DCAE_PRESETS["dc-ae-f32c32-sana-1.0"]).eval().requires_grad_(False)
+    run = at_the_image(model, encodes=encodes)
+    x = torch.randn(1, 3, 64, 128) if encodes else torch.randn(1, 512, 8, 16)
+    tiling = Tiling(32, 32, 64, 64)
+    with torch.no_grad():
+        whole = x.contiguous(memory_format=torch.channels_last)
+        for unit in run.units:
+            whole = unit(whole)
+        factor = 1 if encodes else 8
+        assert_exact(stream(run.units, x, tiling, factor=factor, layout=torch.channels_last), whole.contiguous())
 
 
 @pytest.mark.parametrize("encodes", [False, True])
