@@ -1,4 +1,4 @@
-# make demo | test | lint | train-tiny | bench. Every target installs what it needs first (environment_setup.sh).
+# make demo | test | lint | docs | train-tiny | bench. Every target installs what it needs first (environment_setup.sh).
 # An active conda environment made by environment_setup.sh is used; else .venv. PYTHON=... uses another one as it is.
 ifdef PYTHON
 SETUP := true
@@ -19,13 +19,14 @@ BENCH ?=
 DCAE_OPTIONS ?=
 RUN := PATH="$(dir $(abspath $(shell command -v $(PYTHON) || echo $(PYTHON)))):$$PATH"
 
-.PHONY: help ready demo test test-slow lint train-tiny bench
+.PHONY: help ready demo test test-slow lint docs train-tiny bench
 
 help:
 	@echo "make demo        pictures by the bundled model, on the CPU, without a network"
 	@echo "make test        install, then run the whole test suite (WORKERS=$(WORKERS))"
 	@echo "make test-slow   the tests that take minutes: runs that are killed, whole example runs"
 	@echo "make lint        ruff, its formatter, and mypy"
+	@echo "make docs        the documentation site: output/site"
 	@echo "make train-tiny  train the bundled model anew (steps: DCAE_STEPS=$(DCAE_STEPS), STEPS=$(STEPS); SEED=$(SEED))"
 	@echo "make bench       speed of this machine against diffusers, with tables and plots (BENCH='--suite quick')"
 
@@ -47,6 +48,10 @@ lint: ready
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# The pages need no server; their search does: python -m http.server -d output/site
+docs: ready
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 # The autoencoder, then an untrained text encoder, then the transformer together with the text encoder. A stopped stage
 # goes on from its folder. On a GPU the trainers use it; on a CPU, WORKERS processes of one thread each. The lengths are

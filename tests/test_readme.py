@@ -119,7 +119,7 @@ def test_command(command: str, tmp_path: Path) -> None:
         if arguments[0] != "-m":
             parse_python(arguments[0], arguments[1:], tmp_path)
     elif program == "sana":
-        quick = ["--help"] if arguments[0] == "serve" else ["--step=2"] if arguments[0] == "generate" else []
+        quick = ["--help"] if arguments[0] in ("app", "serve") else ["--step=2"] if arguments[0] == "generate" else []
         done = run([sys.executable, "-m", "sana.cli", *arguments, *quick], checkout(tmp_path))
         assert done.returncode == 0, done.stderr
     elif program == "bash":
