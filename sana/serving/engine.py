@@ -24,7 +24,7 @@ from sana.serving.memory import give_back
 from sana.serving.stepping import Do, SteppedPipeline
 from sana.serving.throughput import Throughput
 
-REST_SECONDS = 5.0  # without work, after which memory is given back
+GIVE_BACK_SECONDS = 10.0  # in work, and without any, after which free pages of the heap go back to the system
 
 
 class QueueFullError(RuntimeError):
@@ -104,6 +104,7 @@ class Engine:
         self._active: list[_Run] = []
         self._stats = EngineStats()
         self._throughput = Throughput()
+        self._given_back = clock()
         self._draining = self._closing = False
         self._loop: Future[None] | None = None
         self._threads: ThreadPoolExecutor | None = None
@@ -213,6 +214,7 @@ class Engine:
             with torch.inference_mode():
                 while self._admit():
                     self._round()
+                    self._give_back()
         finally:  # also when the device broke: nobody may wait for ever
             for run in list(self._active):
                 run.coroutine.stop()
@@ -242,9 +244,15 @@ class Engine:
         """Waits for work; when none came for a while, gives memory back that only work needs."""
         self._throughput.idle()
         self._evaluator.forget()
-        if not self._changed.wait(REST_SECONDS):
+        if not self._changed.wait(GIVE_BACK_SECONDS):
             give_back()
             self._changed.wait()
+
+    def _give_back(self) -> None:
+        """Keeps a busy server small: pictures of all sizes and steps leave holes in the heap that others rarely fit."""
+        if self._clock() - self._given_back >= GIVE_BACK_SECONDS:
+            give_back()
+            self._given_back = self._clock()
 
     def _begin(self, job: Job) -> _Run:
         assert self._threads is not None

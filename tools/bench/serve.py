@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.quick:
         options = parser.parse_args(arguments, argparse.Namespace(**QUICK))
-    if options.hostile < 10 or not options.seconds > 0:
-        parser.error("--hostile must be at least 10 and --seconds positive")
+    if options.hostile < 50 or not options.seconds > 0:
+        parser.error("--hostile must be at least 50 and --seconds positive")
     from tools.bench.environment import collect, load, version
 
     environment, started = collect("cpu" if options.device == "cpu" else "cuda", arguments), time.monotonic()

@@ -1,10 +1,12 @@
 """Whether a server's process stays as large as it is under hostile requests: the measure, and the verdict.
 
 Memory is what is not backed by files (RssAnon): pages of libraries come and go with other processes. The first part of
-the requests is warm-up: heaps and bounded caches (kernels by shape, words by text) fill. After it memory may take a
-step now and then, since allocators take pages in lots, but must not drift: the increments over equal blocks of requests
-must have a mean that is statistically zero (Student's t, one-sided, 1 %). Beside it stands what is exact: objects,
-blocks and bytes in use, tasks, threads and open files, each at a quiet moment after the warm-up and at the end.
+the requests is warm-up: bounded caches (kernels by shape, words by text) fill. After it two things must hold.
+- Memory under load may rise and fall, but must not drift: the increments between the means of equal blocks of requests
+  must have a mean that is statistically zero (Student's t, one-sided, 1 %).
+- What is exact, at a quiet moment after the warm-up and at the end, must be the same: asyncio's tasks, threads and open
+  files; Python's objects and memory blocks, malloc's bytes in use and memory at rest within what a small leak of every
+  request would exceed. At rest means after free pages were given back, as an idle server does.
 """
 
 import itertools
@@ -19,10 +21,10 @@ from typing import Any
 
 WARM_UP = 0.3  # of the requests
 BLOCKS = 20  # into which the rest is cut
-T_99 = 2.539  # of Student's distribution with BLOCKS - 1 degrees of freedom, one-sided
-CEILING_MIB = 8.0  # of growth after the warm-up, however few steps it took
-ENOUGH_REQUESTS = 1000  # after the warm-up; with fewer there is no verdict
-MOST_A_REQUEST = {"objects": 0.02, "blocks": 0.5, "native_bytes": 512.0}  # a leak of every request would be more
+T_99 = 2.552  # of Student's distribution with BLOCKS - 2 degrees of freedom, one-sided
+CEILING_MIB = 32.0  # between the means of the two halves after the warm-up, however few steps that took
+ENOUGH_REQUESTS = 3000  # after the warm-up; with fewer there is no verdict
+MOST_A_REQUEST = {"objects": 0.02, "blocks": 0.5, "native_bytes": 512.0, "rest_mib": 0.001}
 SAME = ("tasks", "threads", "files")  # that may not be more at the end
 
 
@@ -45,13 +47,14 @@ class Watched:
         return _status(self.process.pid, "VmRSS") / 1024
 
     def holdings(self) -> dict[str, Any]:
-        """What the process says that it holds, its threads and open files."""
+        """What the process says that it holds, its threads, its open files, and its memory at rest."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("?\n")
         self.process.stdin.flush()
         told: dict[str, Any] = json.loads(self.process.stdout.readline())
         files = len(os.listdir(f"/proc/{self.process.pid}/fd"))
-        return {**told, "threads": _status(self.process.pid, "Threads"), "files": files}
+        threads = _status(self.process.pid, "Threads")
+        return {**told, "threads": threads, "files": files, "rest_mib": self.memory_mib()}
 
 
 def _status(pid: int, field: str) -> int:
@@ -59,44 +62,42 @@ def _status(pid: int, field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def drift(samples: Sequence[tuple[int, float]]) -> dict[str, float]:
-    """Judges samples (requests, MiB) after the warm-up, taken at equal distances.
+def drift(values: Sequence[float], requests: int) -> dict[str, float]:
+    """Judges memory after the warm-up.
+
+    Args:
+        values: MiB, the mean of each block, at least three.
+        requests: in each block.
 
     Returns:
-        growth_mib: from the first to the last.
         halves_mib: mean of the second half less that of the first.
         per_1000_mib: mean increment, for 1000 requests, and per_1000_error_mib: its standard error.
         t: their ratio, 0 where nothing changed at all.
-
-    Raises:
-        ValueError: there are fewer than three samples.
     """
-    if len(samples) < 3:
-        raise ValueError("A drift needs three samples.")
-    values = [mib for _, mib in samples]
     steps = [after - before for before, after in itertools.pairwise(values)]
     mean, error = statistics.fmean(steps), statistics.stdev(steps) / math.sqrt(len(steps))
-    scale = 1000 * len(steps) / (samples[-1][0] - samples[0][0])
     middle = len(values) // 2
     return {
-        "growth_mib": values[-1] - values[0],
-        "halves_mib": statistics.fmean(values[middle:]) - statistics.fmean(values[:middle]),
-        "per_1000_mib": mean * scale,
-        "per_1000_error_mib": error * scale,
+        "halves_mib": statistics.fmean(values[-middle:]) - statistics.fmean(values[:middle]),
+        "per_1000_mib": 1000 * mean / requests,
+        "per_1000_error_mib": 1000 * error / requests,
         "t": mean / error if error else math.copysign(math.inf, mean) if mean else 0.0,
     }
 
 
-def blocks(samples: Sequence[tuple[int, float]], count: int) -> list[tuple[int, float]]:
-    """Returns the sample at the end of the warm-up and at the end of each block of the rest.
+def blocks(samples: Sequence[tuple[int, float]], count: int) -> list[float]:
+    """Returns the mean of each block after the warm-up.
 
     Args:
-        samples: (requests, MiB), rising.
+        samples: (requests, MiB), rising; at least one in every block.
         count: of requests.
     """
-    first = WARM_UP * count
-    ends = [first + (count - first) * index / BLOCKS for index in range(BLOCKS + 1)]
-    return [next(one for one in samples if one[0] >= math.floor(end)) for end in ends]
+    first, size = WARM_UP * count, (1 - WARM_UP) * count / BLOCKS
+    found: list[list[float]] = [[] for _ in range(BLOCKS)]
+    for done, mib in samples:
+        if done > first:
+            found[min(BLOCKS - 1, int((done - first) / size))].append(mib)
+    return [statistics.fmean(one) for one in found]
 
 
 def judge(samples: Sequence[tuple[int, float]], count: int, held: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -111,18 +112,17 @@ def judge(samples: Sequence[tuple[int, float]], count: int, held: Sequence[dict[
         What `drift` returns, `held_before` and `held_after`, `reasons` (what speaks against it), and `flat`: whether
         there is none; None where there were too few requests for a verdict.
     """
-    measured = blocks(samples, count)
-    found = drift(measured)
+    requests = round((1 - WARM_UP) * count)
+    found = drift(blocks(samples, count), requests // BLOCKS)
     before, after = held
-    requests = measured[-1][0] - measured[0][0]
     reasons = []
     if found["t"] > T_99:
         reasons.append(f"memory drifts by {found['per_1000_mib']:+.2f} MiB every 1000 requests (t = {found['t']:.1f})")
-    if found["growth_mib"] > CEILING_MIB:
-        reasons.append(f"memory grew by {found['growth_mib']:.1f} MiB after the warm-up")
+    if found["halves_mib"] > CEILING_MIB:
+        reasons.append(f"memory grew by {found['halves_mib']:.1f} MiB from half to half after the warm-up")
     for name, most in MOST_A_REQUEST.items():
         if before[name] is not None and after[name] - before[name] > most * requests:
-            reasons.append(f"{name} grew by {after[name] - before[name]} in {requests} requests")
+            reasons.append(f"{name} grew by {after[name] - before[name]:g} in {requests} requests")
     reasons += [f"{name}: {before[name]} before, {after[name]} after" for name in SAME if after[name] > before[name]]
     flat = not reasons if requests >= ENOUGH_REQUESTS else None
     return {**found, "held_before": before, "held_after": after, "reasons": reasons, "flat": flat}

@@ -70,11 +70,12 @@ def hostile(content: dict[str, Any]) -> list[str]:
         ["healthy after", "yes" if found["healthy_after"] else "no"],
         ["a picture before, after, and offline", "the same bits" if found["same_picture"] else "not the same bits"],
         ["memory (not backed by files)", f"{samples[0]:.1f} MiB before, {samples[-1]:.1f} MiB after"],
-        ["after the warm-up", f"{memory['growth_mib']:+.2f} MiB; {drift}: {flat}"],
+        ["under load after the warm-up", f"{memory['halves_mib']:+.2f} MiB from half to half; {drift}: {flat}"],
     ]
     for name, words in (("objects", "objects"), ("tasks", "tasks"), ("threads", "threads"), ("files", "open files"),
-                        ("blocks", "Python's memory blocks"), ("native_bytes", "bytes in use by malloc")):  # fmt: skip
-        rows.append([words, f"{before[name]} after the warm-up, {after[name]} at the end"])
+                        ("blocks", "Python's memory blocks"), ("native_bytes", "bytes in use by malloc"),
+                        ("rest_mib", "memory at rest, MiB")):  # fmt: skip
+        rows.append([words, f"{before[name]:.9g} after the warm-up, {after[name]:.9g} at the end"])
     return [*table(rows), "", *table(_statuses(found["statuses"]))]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sana.commands import serve
+from sana.serving import memory
 
 
 class Mallinfo2(ctypes.Structure):
@@ -36,7 +37,7 @@ def native_bytes() -> int | None:
 
 
 def holdings() -> dict[str, Any]:
-    """What the process holds after a collection of cycles.
+    """What the process holds after a collection of cycles, and after free pages of the heap were given back.
 
     Returns:
         objects: that the garbage collector knows; tasks: of asyncio among them, that are not done.
@@ -44,6 +45,7 @@ def holdings() -> dict[str, Any]:
         native_bytes: see there.
     """
     gc.collect()
+    memory.give_back()
     objects = gc.get_objects()
     tasks = sum(1 for one in objects if issubclass(type(one), asyncio.Task) and not one.done())
     found = {"objects": len(objects), "tasks": tasks}

@@ -43,7 +43,7 @@ def test_memory_counts_where_there_was_a_verdict(flat, expected):
 
 def test_arguments():
     assert numbers("1,16") == [1, 16] and build_parser().parse_args([]).hostile == 10_000
-    for wrong in (["--clients=0"], ["--clients=x"], ["--hostile=9"], ["--seconds=0"]):
+    for wrong in (["--clients=0"], ["--clients=x"], ["--hostile=49"], ["--seconds=0"]):
         with pytest.raises(SystemExit) as ended:
             main(wrong)
         assert ended.value.code == 2
