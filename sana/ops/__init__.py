@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 
 def linear_attention(
-    qkv: Tensor, num_heads: int, *, backend: str = "auto", inplace: bool = False, **options: Any
+    qkv: Tensor, num_heads: int, *, backend: str = "auto", inplace: bool = False, fp32: bool = False, **options: Any
 ) -> Tensor:
     """ReLU linear attention on packed projections, with optional RMSNorm of queries and keys (Sana, section 2.2).
 
@@ -55,6 +55,7 @@ def linear_attention(
         num_heads: h; D = h * d.
         backend: see `sana.ops.backend`.
         inplace: whether the memory of `qkv` may be used.
+        fp32: whether products of 16-bit tensors are float32, as in the reference; a CPU else makes them in 16 bits.
         **options: `eps`, `q_weight`, `k_weight` (D,) and `norm_eps`, see `linear_attention_reference`.
 
     Returns:
@@ -64,10 +65,11 @@ def linear_attention(
     if chosen == "triton":
         from sana.ops.linear_attention.function import linear_attention_triton
 
-        return linear_attention_triton(qkv, num_heads, **options)
+        wide = qkv.float() if fp32 else qkv
+        return linear_attention_triton(wide, num_heads, **options).to(qkv.dtype)
     both_or_none = (options.get("q_weight") is None) == (options.get("k_weight") is None)
-    if chosen == "cpu" and both_or_none and qkv.dtype != torch.float16:  # where eps is 0
-        return linear_attention_cpu(qkv, num_heads, inplace=inplace, **options)
+    if chosen == "cpu" and both_or_none and (fp32 or qkv.dtype != torch.float16):  # where eps is 0
+        return linear_attention_cpu(qkv, num_heads, inplace=inplace, fp32=fp32, **options)
     return linear_attention_reference(qkv, num_heads, **options)
 
 

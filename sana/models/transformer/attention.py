@@ -1,7 +1,5 @@
 """Self-attention (linear and softmax) and cross-attention on captions. Norms, gates and residuals are in `block.py`."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from sana.models.layers.norms import RMSNorm
 from sana.models.transformer.position import Rotary, apply_rotary
 from sana.ops import linear_attention, relu_linear_attention
 from sana.ops.backend import BACKENDS, choose
+from sana.ops.linear_attention.wide import attend_fp32, relu_linear_attention_fp32
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -71,12 +70,16 @@ class SelfAttention(nn.Module):
     def _attend(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         query, key, value = self.qkv(x).chunk(3, dim=-1)  # (B, N, D) each
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
-        dtype = value.dtype
+        heads = [self._heads(tensor) for tensor in (query, key, value)]
         if self.fp32_attention:
-            query, key, value = query.float(), key.float(), value.float()
-        with _autocast_off(x) if self.fp32_attention else contextlib.nullcontext():
-            out = self.attend(*(self._heads(tensor) for tensor in (query, key, value)), rotary)
-        return out.to(dtype).transpose(1, 2).flatten(2)  # (B, N, D)
+            with _autocast_off(x):
+                out = self._attend_in_fp32(heads, rotary)
+        else:
+            out = self.attend(*heads, rotary)
+        return out.to(value.dtype).transpose(1, 2).flatten(2)  # (B, N, D)
+
+    def _attend_in_fp32(self, heads: list[Tensor], rotary: Rotary | None) -> Tensor:
+        return self.attend(*(tensor.float() for tensor in heads), rotary)
 
     def _project_value(self, x: Tensor) -> Tensor:
         if not isinstance(self.qkv, nn.Linear):  # quantised: its weight cannot be cut
@@ -123,10 +126,9 @@ class LinearAttention(SelfAttention):
             return super()._attend(x, rotary)
         qkv = self.qkv(x)
         weights = {f"{name}_weight": norm.weight for name, norm in self._norms().items()}
-        wide = qkv.float() if self.fp32_attention else qkv
         norm_eps = next((norm.eps for norm in self._norms().values()), 1e-5)
         options = {"eps": self.eps, "norm_eps": norm_eps, "backend": self.backend, "inplace": True, **weights}
-        return linear_attention(wide, self.num_heads, **options).to(qkv.dtype)
+        return linear_attention(qkv, self.num_heads, fp32=self.fp32_attention, **options)
 
     def _norms(self) -> dict[str, RMSNorm]:
         norms = {"q": self.q_norm, "k": self.k_norm}
@@ -136,6 +138,15 @@ class LinearAttention(SelfAttention):
         if rotary is not None:  # before the ReLU, so that the denominator stays a sum of positive terms
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         return relu_linear_attention(query, key, value, self.eps)
+
+    def _attend_in_fp32(self, heads: list[Tensor], rotary: Rotary | None) -> Tensor:
+        if _keeps_all(heads[2]):
+            return super()._attend_in_fp32(heads, rotary)
+
+        def turn(some: Tensor, span: slice) -> Tensor:
+            return some if rotary is None else apply_rotary(some, (rotary[0][span], rotary[1][span]))
+
+        return relu_linear_attention_fp32(*heads, self.eps, turn)
 
 
 class SoftmaxAttention(SelfAttention):
@@ -198,10 +209,17 @@ class CrossAttention(nn.Module):
         key, value = cond if isinstance(cond, tuple) else self.key_value(cond)
         readable = None if mask is None else readable_tokens(mask)[:, None, None, :]  # (B, 1, 1, L)
         if self.fp32_attention:
-            query, key, value = query.float(), key.float(), value.float()
-        with _autocast_off(x) if self.fp32_attention else contextlib.nullcontext():
+            with _autocast_off(x):
+                out = self._attend_in_fp32(query, key.float(), value.float(), readable)
+        else:
             out = self.attend(query, key, value, readable)
+        del query
         return self.proj(out.to(x.dtype).transpose(1, 2).flatten(2))
+
+    def _attend_in_fp32(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if _keeps_all(query):
+            return self.attend(query.float(), key, value, mask)
+        return attend_fp32(query, lambda some: self.attend(some, key, value, mask))
 
     def key_value(self, cond: Tensor) -> KeyValue:
         """Text tokens (B, L, D) or (B, 1, L, D) -> keys and values (B, h, L, d), which serve every step of sampling."""
@@ -232,6 +250,11 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _keeps_all(x: Tensor) -> bool:
+    """Whether float32 copies of all tokens are kept or fused anyway, or not needed."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or x.element_size() >= 4
 
 
 def _autocast_off(x: Tensor) -> torch.autocast:

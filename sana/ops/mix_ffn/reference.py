@@ -43,6 +43,7 @@ def mix_ffn(
     for half in (0, 1):
         expanded = act(F.conv2d(image, _half(inverted[0], half), _half(inverted[1], half)))
         halves.append(depthwise_conv(expanded, _half(depth[0], half), _half(depth[1], half), dilation))
+        del expanded  # the largest of them is not held while the gate is computed
     value, gate = halves
     return to_tokens(F.conv2d(value * gate_act(gate), *point))
 

@@ -151,21 +151,6 @@ def test_at_the_width_of_the_released_one(encodes: bool) -> None:
 
 
 @pytest.mark.parametrize("encodes", [False, True])
-def test_at_the_width_of_the_released_one_at_one_place(encodes: bool) -> None:
-    """The last run of a decoder and the first of an encoder, in full width: what runs in tiles of the image."""
-    model = DCAE(DCAE_PRESETS["dc-ae-f32c32-sana-1.0"]).eval().requires_grad_(False)
-    run = at_the_image(model, encodes=encodes)
-    x = torch.randn(1, 3, 64, 128) if encodes else torch.randn(1, 512, 8, 16)
-    tiling = Tiling(32, 32, 64, 64)
-    with torch.no_grad():
-        whole = x.contiguous(memory_format=torch.channels_last)
-        for unit in run.units:
-            whole = unit(whole)
-        factor = 1 if encodes else 8
-        assert_exact(stream(run.units, x, tiling, factor=factor, layout=torch.channels_last), whole.contiguous())
-
-
-@pytest.mark.parametrize("encodes", [False, True])
 @pytest.mark.parametrize(("height", "width", "tile"), [(9, 7, 96), (2, 20, 160), (8, 8, 32)])
 def test_the_bundled_autoencoder(encodes: bool, height: int, width: int, tile: int) -> None:
     model = load_autoencoder(BUNDLED).eval().requires_grad_(False)

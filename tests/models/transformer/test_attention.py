@@ -11,6 +11,9 @@ from sana.models.transformer.attention import (
     readable_tokens,
     set_fp32_attention,
 )
+from sana.ops.linear_attention import cpu, wide
+from sana.pipelines.memory.tracker import MemoryTracker
+from tests.tolerance import assert_rms_close
 
 
 @pytest.mark.parametrize("kind", [CrossAttention, VanillaCrossAttention])
@@ -63,3 +66,34 @@ def test_heads_must_divide_the_width() -> None:
     for kind in (LinearAttention, SoftmaxAttention, CrossAttention):
         with pytest.raises(ValueError, match="8 must be a multiple of the number of heads 3"):
             kind(8, 3)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "rotated", "cross"])
+def test_no_float32_copy_of_all_tokens_is_made(kind: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU's own form and with the plain one that runs on other devices: a few chunks more, and no more."""
+    if plain:
+        monkeypatch.setattr("sana.ops.backend._is_cpu_inference", lambda x: False)
+    chunk, tokens, dim = 2**14, 4096, 32
+    for module in (cpu, wide):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    attention = CrossAttention(dim, 4) if kind == "cross" else LinearAttention(dim, 4, qk_norm=True)
+    attention.bfloat16().requires_grad_(False)
+    x = torch.randn(2, tokens, dim).bfloat16()
+    angles = torch.randn(tokens, dim // 4)
+    more = {
+        "linear": (), "rotated": ((angles.cos(), angles.sin()),), "cross": (torch.randn(2, 16, dim).bfloat16(),)
+    }[kind]  # fmt: skip
+    peaks, results = {}, {}
+    for fp32 in (False, True):
+        set_fp32_attention(attention, fp32)
+        with torch.no_grad():
+            attention(x, *more)  # weights are packed at the first use
+            with MemoryTracker() as tracker:
+                results[fp32] = attention(x, *more)
+        peaks[fp32] = tracker.peak
+    assert peaks[True] <= peaks[False] + 12 * chunk
+    assert 12 * chunk < 2 * tokens * dim * 4, "one such copy would be seen"
+    with torch.enable_grad():  # float32 copies of all
+        expected = attention(x.requires_grad_(), *more)
+    assert_rms_close(results[True], expected.detach())
