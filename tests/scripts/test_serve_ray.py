@@ -200,10 +200,11 @@ def test_replicas_grow_under_load_share_it_and_a_killed_one_comes_back(command):
     """Load are streams that do not end; each ends with its client, which is what the last lines look at."""
     body = {**STEP, "stream": True, "steps": 10_000}
     with ExitStack() as load:
+        streams = []  # one that nobody holds is closed
         for _ in range(3):
             stream = httpx.stream("POST", f"{command.url}/v1/images/generations", json=body, timeout=WAIT)
-            lines = load.enter_context(stream).iter_lines()
-            assert "image_generation.progress" in next(lines)
+            streams.append(load.enter_context(stream).iter_lines())
+            assert "image_generation.progress" in next(streams[-1])
         command.until(lambda: len(command.replicas()) == 2)
         names = _names(command, 2)
     command.until(lambda: _active(command) == dict.fromkeys(names, 0.0))
