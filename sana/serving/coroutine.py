@@ -5,6 +5,7 @@ a thread of its own, which sleeps except while its owner waits for its next ques
 runs, as if all were one, and nothing needs a lock.
 """
 
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -29,9 +30,12 @@ class Outcome:
         Raises:
             BaseException: the error, whichever it is.
         """
-        if self.error is not None:
+        if self.error is None:
+            return self.value
+        try:
             raise self.error
-        return self.value
+        finally:
+            del self  # the error's traceback holds this frame, and so would keep itself and all that the caller had
 
 
 class Coroutine:
@@ -62,8 +66,9 @@ class Coroutine:
         """Runs the function up to its first question."""
         assert self._result is None, "a coroutine starts once"
         self._result = self._threads.submit(self._function, self._ask)
-        self._result.add_done_callback(lambda _: self._questions.put(None))
-        self.question = self._questions.get()
+        questions = self._questions  # a callback that knew this object would keep it, and its outcome, in a circle
+        self._result.add_done_callback(lambda _: questions.put(None))
+        self.question = questions.get()
 
     def resume(self, answer: Outcome) -> None:
         """Runs the function from its question to the next one."""
@@ -77,14 +82,34 @@ class Coroutine:
             self.resume(Outcome(error=Stopped()))
 
     def outcome(self) -> Outcome:
-        """Returns what the function returned or raised; `Stopped` if it was never started. It must not be waiting."""
+        """Returns what the function returned or raised; `Stopped` if it was never started. It must not be waiting.
+
+        An error has a note in the place of its traceback.
+        """
         if self._result is None:
             return Outcome(error=Stopped())
         assert self.finished, "a coroutine has an outcome when it is finished"
         error = self._result.exception()
-        return Outcome(error=error) if error is not None else Outcome(self._result.result())
+        if error is None:
+            return Outcome(self._result.result())
+        forget_frames(error)
+        return Outcome(error=error)
 
     def _ask(self, question: Any) -> Any:
         assert question is not None, "None means that the function is finished"
         self._questions.put(question)
         return self._answers.get().unwrap()
+
+
+def forget_frames(error: BaseException) -> None:
+    """Turns the traceback of an error, and of those that led to it, into a note, which is printed in its place.
+
+    Frames hold tensors, and something that holds the error itself: a circle, which waits for the garbage collector, and
+    that looks at old objects rarely in a process that has as many as one with torch.
+    """
+    current: BaseException | None = error
+    while current is not None and current.__traceback__ is not None:
+        if not isinstance(current, Stopped):
+            current.add_note("Where it was raised:\n" + "".join(traceback.format_tb(current.__traceback__)).rstrip())
+        current.__traceback__ = None
+        current = current.__cause__ or current.__context__

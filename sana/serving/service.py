@@ -118,6 +118,7 @@ class Service:
             leaving.cancel()
             making.cancel()
             self.engine.cancel(jobs)
+            del making  # its error has a traceback, which holds this frame: a circle
 
     def begin(self, wish: Wish) -> Begun:
         """Submits a wish whose progress is wanted. Whoever begins it must cancel its jobs in the end.

@@ -1,14 +1,17 @@
 """Coroutines on threads: order, answers, errors, stopping, and that only one thread ever runs."""
 
+import gc
 import random
 import threading
+import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sana.serving.coroutine import Coroutine, Outcome, Stopped
+from sana.serving.coroutine import Coroutine, Outcome, Stopped, forget_frames
 
 
 @pytest.fixture
@@ -118,3 +121,65 @@ def test_never_two_at_once(lengths, seed):
             waiting.resume(Outcome(waiting.question * 10))
     assert [one.outcome() for one in all_] == [Outcome(sum(10 * step for step in range(n))) for n in lengths]
     assert set(most) <= {1}
+
+
+class Kept:
+    """Stands for a tensor that a function has in a variable."""
+
+
+@pytest.mark.parametrize("ending", ["returned", "raised", "answered with an error", "stopped"])
+def test_what_a_function_had_is_freed_without_the_garbage_collector(threads, ending):
+    alive = []
+
+    def function(ask):
+        kept = Kept()
+        alive.append(weakref.ref(kept))
+        ask(kept.__class__)
+        if ending == "raised":
+            raise ValueError("no")
+        return "done"
+
+    gc.collect()
+    gc.disable()
+    try:
+        one = Coroutine(function, threads)
+        alive.append(weakref.ref(one))
+        one.start()
+        if ending == "stopped":
+            one.stop()
+        else:
+            one.resume(Outcome(error=KeyError("x")) if ending == "answered with an error" else Outcome(1))
+        outcome = one.outcome()
+        assert (outcome.error is None) == (ending == "returned")
+        del one
+        threads.submit(int).result()  # the thread has let go of what it did before
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_an_error_has_notes_in_the_place_of_its_tracebacks():
+    def inner():
+        kept = Kept()
+        references.append(weakref.ref(kept))
+        raise KeyError("inner")
+
+    def outer():
+        try:
+            inner()
+        except KeyError as error:
+            raise ValueError("outer") from error
+
+    def caught():
+        try:
+            outer()
+        except ValueError as error:
+            return error
+
+    references = []
+    error = caught()
+    assert references[0]() is not None
+    forget_frames(error)
+    assert references[0]() is None and error.__traceback__ is error.__cause__.__traceback__ is None
+    text = "".join(traceback.format_exception(error))
+    assert "in outer\n" in text and "in inner\n" in text and 'raise KeyError("inner")' in text

@@ -1,7 +1,9 @@
 """The engine: pictures with the bits of the offline pipeline, whoever comes and goes meanwhile."""
 
+import gc
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from sana.pipelines.denoise import NonFiniteError
 from sana.pipelines.request import Request
 from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.serving import engine as engine_module
+from sana.serving.coroutine import Coroutine
 from sana.serving.engine import Engine, QueueFullError
 from sana.serving.evaluation import BrokenDeviceError
 from sana.serving.job import CancelledError, HandedBackError, JobOptions
+from sana.serving.stepping import SteppedPipeline
 
 WAIT = 120  # seconds after which a lost request fails a test instead of hanging it
 SIZES = ((64, 64), (128, 64), (64, 128), (100, 90))  # the last is no multiple of 32: a trained shape, cut to size
@@ -287,3 +291,43 @@ def test_memory_is_given_back_now_and_then_while_there_is_work(small, monkeypatc
         (job,) = engine.submit([quick(num_inference_steps=8)], [JobOptions(on_step=second)])
         job.future.result(WAIT)
     assert calls == [3.0, 6.0]
+
+
+@pytest.mark.parametrize("ending", ["finished", "cancelled", "failed"])
+def test_a_picture_leaves_no_garbage_that_only_the_collector_finds(small, monkeypatch, ending):
+    """Tensors in circles stay for thousands of requests: the collector looks at old objects rarely."""
+
+    def make(engine):
+        told = threading.Event()
+        steps = 100 if ending == "cancelled" else 2
+        (job,) = engine.submit([quick(num_inference_steps=steps)], [JobOptions(on_step=lambda _: told.set())])
+        if ending == "cancelled":
+            assert told.wait(WAIT)
+            engine.cancel([job])
+        return job.future.exception(WAIT)
+
+    def kept():
+        return sum(issubclass(type(one), torch.Tensor | SteppedPipeline | Coroutine) for one in gc.get_objects())
+
+    with Engine(small) as engine:
+        if ending == "failed":
+            monkeypatch.setattr(small, "decode", lambda *_: {}["missing"])
+        make(engine)
+        gc.collect()
+        gc.disable()
+        try:
+            before = kept()
+            for _ in range(5):
+                assert (make(engine) is None) == (ending == "finished")
+            make_quiet(engine)
+            assert kept() <= before + 1
+        finally:
+            gc.enable()
+
+
+def make_quiet(engine):
+    """Waits until the engine's threads have let go of what they did last."""
+    end = time.monotonic() + WAIT
+    while not engine.idle:
+        assert time.monotonic() < end
+    engine._threads.submit(int).result(WAIT)
