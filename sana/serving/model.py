@@ -161,7 +161,7 @@ def _plan(
     margin = held["cpu" if device == "cpu" else "joined"]
     limit = parse_memory("max_vram", options.max_vram or 0)
     if margin >= limit:
-        raise MemoryLimitError("", needed=margin, allowed=limit, stage="waiting pictures")
+        raise MemoryLimitError("", needed=margin, allowed=limit, stage="what is held between steps")
     try:
         request = PlanRequest(
             size.model_height, size.model_width, joined, device, pipeline.dtype, options.max_vram, margin, pag=pag,
@@ -182,7 +182,7 @@ def _explained(
 ) -> MemoryLimitError:
     """Returns the refusal in the words of the server's options."""
     what = f"{settings.max_active} pictures in work" if settings.max_active > 1 else "One picture in work"
-    remedy = f"--max_active={fits} does" if fits else "use more, a lower --max_pixels, or --max_active=1"
+    remedy = f"--max_active={fits} does" if fits else "use more memory, a lower --max_pixels, or --max_active=1"
     verb = "do" if settings.max_active > 1 else "does"
     text = (
         f"{what} of the largest size and guidance that clients may ask for {verb} not fit into {options.max_vram}: "

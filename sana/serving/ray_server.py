@@ -1,5 +1,6 @@
 """Serving through Ray: starts it or joins one, deploys replicas, and ends them. A replica is in `ray_replica.py`."""
 
+import re
 import signal
 import socket
 import threading
@@ -32,6 +33,7 @@ PATIENCE = {  # a busy machine needs more than Ray's 5 and 10 seconds to start a
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
 }
+ERROR_LINE = re.compile(r"([A-Za-z_]+\.)*[A-Za-z_]*(?:Error|Exception): (.+)")  # at the end of a traceback
 CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")  # name and namespace of a running Ray Serve
 
 
@@ -80,10 +82,8 @@ def serve_ray(
         deployment = ray_options.deployment(settings, gpus)
         service = Service(ray, deployment, (options, settings), lower=lower)
         try:
-            with _asked_to_end(), service:
+            with suppress(_AskedToEndError), _asked_to_end(), service:  # also while replicas start
                 _serve(service, settings, on_ready)
-        except _AskedToEndError:
-            pass
         except ray.exceptions.RayError as error:
             raise OSError(f"Ray failed: {type(error).__name__}. Its logs are in its folder (/tmp/ray).") from error
     return 0
@@ -259,12 +259,18 @@ class Service:
         try:
             self._handle = self.serve.run(bound, name=NAME, route_prefix="/")
         except RuntimeError as error:
-            raise OSError(f"No replica could start: {cause(str(error))}") from error
+            raise OSError(f"No replica could start: {cause(self._trouble() or str(error))}") from error
         wait_until(lambda: self._listening(), START_SECONDS, "Ray's proxy did not start")
 
     def _listening(self) -> bool:
         proxies = self.serve.status().proxies.values()
         return bool(proxies) and all(one == "HEALTHY" for one in proxies)
+
+    def _trouble(self) -> str:
+        """Returns what Ray tells of the deployment: with the traceback of a replica that did not start."""
+        application = self.serve.status().applications.get(NAME)
+        deployment = application.deployments.get(NAME) if application is not None else None
+        return str(deployment.message) if deployment is not None else ""
 
     def watch(self) -> None:
         """Tells how many replicas run, for as long as the service is there.
@@ -310,6 +316,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, failure: str) -> N
 
 
 def cause(text: str) -> str:
-    """Returns the line that names the error, of what Ray says of a replica that did not start."""
+    """Returns what the error says, of what Ray tells of a replica that did not start."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "Ray does not say why."
+    named = [found[2] for line in lines if (found := ERROR_LINE.fullmatch(line))]
+    return (named or lines or ["Ray does not say why."])[-1]

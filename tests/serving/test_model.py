@@ -32,11 +32,14 @@ def test_a_plan_that_fits_is_applied_and_the_settings_stay():
     assert settings == SETTINGS and pipeline.transformer is not None and pipeline.offload == "none"
 
 
+@pytest.mark.slow
 def test_fewer_pictures_are_in_work_where_that_was_left_open_else_it_is_refused():
     """The limit is what one exact picture needs at least, which the refusal of too little tells."""
     pipeline, _ = batch.name_pipeline(options())
     exact = {"quantization": "none", "text_quantization": "none", "vae_tiling": False}
-    with pytest.raises(MemoryLimitError, match=r"^One picture in work .* use more, a lower --max_pixels") as refused:
+    with pytest.raises(
+        MemoryLimitError, match=r"^One picture in work .* use more memory, a lower --max_pixels"
+    ) as refused:
         one = replace(SETTINGS, max_active=1)
         model.plan_serving(pipeline, options(max_vram="40MB", **exact), one, lower=False)
     least = refused.value.needed

@@ -81,6 +81,7 @@ def test_waiting_ends_with_the_condition_or_with_a_sentence(monkeypatch):
 
 
 def test_the_cause_of_a_replica_that_does_not_start_is_its_last_line():
-    text = "Deploying application sana failed:\n  File x\nValueError: there is no GPU.\n\n"
-    assert ray_server.cause(text) == "ValueError: there is no GPU."
+    text = "Error:\nRuntimeError: Traceback:\n  File x\nsana.plan.MemoryLimitError: It is 8 MB: too much.\nsee logs\n"
+    assert ray_server.cause(text) == "It is 8 MB: too much."
+    assert ray_server.cause("Deploying failed:\nno resources") == "no resources"
     assert ray_server.cause("") == "Ray does not say why."
