@@ -2,14 +2,17 @@
 
     python tools/measure_quantization.py --json asset/docs/quantization.json --markdown asset/docs/quantization.md
     python tools/measure_quantization.py --n 5 --rounds 2 --only int8 nf4
+    python tools/measure_quantization.py --json asset/docs/quantization.json --add
 
 Every case draws the same prompts from the same noise as the bf16 run. Bytes are those of the weights as they are held;
 "packed" are the copies of exact weights that a CPU computes with. The peak is all of these, the autoencoder's weights,
 and the most that was allocated besides at a time while one picture was drawn (torch.profiler). Seconds are medians over
 rounds in which every case draws one picture after the other, the ratio is the median over rounds of that to bf16. PSNR
 is of pixels in [0, 1]; MS-SSIM is no network's opinion but a formula (tools/picture_distance.py), instead of LPIPS,
-whose weights would have to be fetched; the judge's score is ALL of tools/score_scenes.py. Exit code 2: wrong arguments;
-1: no model.
+whose weights would have to be fetched; the judge's score is ALL of tools/score_scenes.py. Schemes that need CUDA are
+emulated (tools/emulated_quantization.py): sizes by arithmetic and errors of pictures, without memory and time. --add
+draws nothing but these and puts them into the report that --json has, drawn before with the same settings. Exit code 2:
+wrong arguments; 1: no model.
 """
 
 import argparse
@@ -28,11 +31,12 @@ import torch
 from tqdm import tqdm
 
 from sana.data.scenes import Scene
-from sana.models.quantization.kernels import require
+from sana.models.quantization.kernels import require, require_package
 from sana.models.quantization.schemes import SCHEMES
 from sana.ops.packing import pack_budget
 from sana.pipelines.memory.networks import packed_bytes
 from sana.pipelines.sana_pipeline import SanaPipeline
+from tools.emulated_quantization import EMULATED, EmulatedLinear, emulate, emulated_bytes
 from tools.measure_approximations import SIZE, Run, circumstances, compare, draw, judged
 from tools.measure_approximations import Case as Options
 from tools.measure_memory import measured_peak, stored_bytes
@@ -47,7 +51,10 @@ UNCHANGED = ("rows_a_picture", "flops")  # by what these cases do
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: its name, the dtype of what is exact, the schemes, and whether blocks are stored in fp8."""
+    """One row of the table: its name, the dtype of what is exact, the schemes, and whether blocks are stored in fp8.
+
+    An emulated one has neither memory nor time.
+    """
 
     name: str
     dtype: str = "bf16"
@@ -55,14 +62,29 @@ class Case:
     text_encoder: str | None = None
     casting: bool = False
     keep: tuple[str, ...] = ()
+    emulated: bool = False
+
+
+KEPT = {"int4": ("*.mlp.point_conv",)}  # of the bundled model: 560 inputs are no multiple of 32
+
+
+def cases_of(scheme: str) -> tuple[Case, Case]:
+    """Returns the rows of a scheme: the transformer alone, and the text encoder as well."""
+    emulated, keep = scheme in EMULATED, KEPT.get(scheme, ())
+    name = ", ".join((scheme, *(f"{pattern.removeprefix('*.')} exact" for pattern in keep)))
+    mark = " (emulated)" if emulated else ""
+    return (
+        Case(name + mark, transformer=scheme, keep=keep, emulated=emulated),
+        Case(f"{name}, text {scheme}{mark}", transformer=scheme, text_encoder=scheme, keep=keep, emulated=emulated),
+    )
 
 
 CASES = (
     Case(REFERENCE),
     Case("fp32", dtype="fp32"),
     Case("fp8 storage (layerwise casting)", casting=True),
-    *(Case(name, transformer=name) for name in SCHEMES),
-    *(Case(f"{name}, text {name}", transformer=name, text_encoder=name) for name in SCHEMES),
+    *(cases_of(name)[0] for name in SCHEMES),
+    *(cases_of(name)[1] for name in SCHEMES),
     Case("nf4, first and last block exact", transformer="nf4", keep=("blocks.0.*", "blocks.5.*")),
 )
 
@@ -81,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--machine", default=machine, help="its name in the report")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of --json, and draw the emulated ones")
     options = parser.parse_args(arguments)
     if options.n < 5 or options.n % 5 or options.rounds < 1:
         parser.error(f"--n must be a positive multiple of 5 and --rounds positive, not {options.n}, {options.rounds}")
@@ -89,12 +112,20 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := sorted(set(options.only or ()) - set(known)):
         parser.error(f"--only: no case {unknown[0]!r} here; known: {', '.join(known)}")
     chosen = [case for case in cases if case.name == REFERENCE or case.name in (options.only or known)]
+    if options.add:
+        chosen = [case for case in chosen if case.emulated or case.name == REFERENCE]
+        if not options.json or len(chosen) == 1:
+            parser.error("--add needs --json, and emulated cases if --only is given")
     try:
+        earlier = json.loads(options.json.read_text(encoding="utf-8")) if options.add else None
         pipelines = {case.name: load(case, options.model) for case in tqdm(chosen, desc="loading")}
-    except (OSError, RuntimeError) as error:
+        report = about(options, arguments)
+        check_alike(report, earlier)
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report = {**about(options, arguments), "cases": measure(chosen, pipelines, options)}
+    report["cases"] = measure(chosen, pipelines, options)
+    report = report if earlier is None else added(report, earlier)
     for path, text in ((options.json, json.dumps(report, indent=1) + "\n"), (options.markdown, table(report))):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,13 +134,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def check_alike(report: dict[str, Any], earlier: dict[str, Any] | None) -> None:
+    """Raises ValueError where rows of two reports cannot stand in one table."""
+    for key in ("pictures", "steps", "guidance_scale") if earlier else ():
+        if report[key] != earlier[key]:
+            raise ValueError(f"--add: the report has {key} {earlier[key]}, and this run {report[key]}.")
+
+
+def added(report: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Returns an earlier report with the emulated rows of a new one, and how those came about."""
+    fresh = {case["name"]: case for case in report["cases"] if case["emulated"]}
+    order = [case.name for case in CASES]
+    cases = {case["name"]: case for case in earlier["cases"]} | fresh
+    how = {key: report[key] for key in ("command", "date", "machine", "torch")}
+    return {**earlier, "emulated": how, "cases": sorted(cases.values(), key=lambda case: order.index(case["name"]))}
+
+
 def cases_here() -> list[Case]:
-    """Returns the cases whose schemes a CPU has and whose packages are installed."""
+    """Returns the cases whose schemes a CPU has, or that are emulated, and whose packages are installed."""
     found = []
     for case in CASES:
         try:
             for scheme in (case.transformer, case.text_encoder):
-                if scheme:
+                if scheme and case.emulated:
+                    require_package(scheme)
+                elif scheme:
                     require(scheme, torch.device("cpu"))
         except ValueError:  # the table says which rows there are
             continue
@@ -120,7 +169,12 @@ def cases_here() -> list[Case]:
 def load(case: Case, model: str) -> SanaPipeline:
     """Returns a pipeline of a case on the CPU, all its networks loaded."""
     pipeline = SanaPipeline.from_pretrained(model, device="cpu", dtype=case.dtype)
-    if case.transformer or case.text_encoder:
+    if case.emulated:
+        if case.transformer:
+            emulate(pipeline.transformer, case.transformer, case.keep)
+        if case.text_encoder:
+            emulate(pipeline.text_encoder, case.text_encoder)
+    elif case.transformer or case.text_encoder:
         pipeline.quantize(case.transformer, case.text_encoder, keep=case.keep)
     _ = pipeline.text_encoder, pipeline.autoencoder  # loaded when first asked for
     if case.casting:
@@ -142,11 +196,12 @@ def measure(cases: list[Case], pipelines: dict[str, SanaPipeline], options: argp
         errors |= {"ms_ssim_mean": float(alike.mean()), "ms_ssim_worst": float(alike.min())}
         scores = judged(judge, scenes, run.images)
         results.append({**dataclasses.asdict(case), **held(pipeline), **errors, **scores})
-    peaks = {
-        name: measured_peak(partial(one, pipeline, scenes[0], options), "cpu") for name, pipeline in pipelines.items()
-    }
-    seconds = clock(pipelines, scenes[0], options)
+    timed = {case.name: pipelines[case.name] for case in cases if not case.emulated and not options.add}
+    peaks = {name: measured_peak(partial(one, pipeline, scenes[0], options), "cpu") for name, pipeline in timed.items()}
+    seconds = clock(timed, scenes[0], options)
     for result in results:
+        if result["name"] not in timed:
+            continue
         result["allocated_bytes"] = peaks[result["name"]]
         result["peak_bytes"] = sum(result[f"{key}_bytes"] for key in COUNTED)
         own, other = seconds[result["name"]], seconds[REFERENCE]
@@ -160,11 +215,17 @@ def held(pipeline: SanaPipeline) -> dict[str, int]:
     transformer, encoder = pipeline.transformer, pipeline.text_encoder
     assert transformer is not None and isinstance(encoder, torch.nn.Module)
     return {
-        "transformer_bytes": stored_bytes(transformer),
-        "text_encoder_bytes": stored_bytes(encoder),
+        "transformer_bytes": network_bytes(transformer),
+        "text_encoder_bytes": network_bytes(encoder),
         "autoencoder_bytes": stored_bytes(pipeline.autoencoder),
         "packed_bytes": packed_bytes(transformer, pack_budget()),
     }
+
+
+def network_bytes(network: torch.nn.Module) -> int:
+    """Returns the bytes of a network's weights; of an emulated one those that it would have."""
+    emulated = any(isinstance(module, EmulatedLinear) for module in network.modules())
+    return emulated_bytes(network) if emulated else stored_bytes(network)
 
 
 def one(pipeline: SanaPipeline, scene: Scene, options: argparse.Namespace) -> Any:
@@ -200,27 +261,43 @@ layout. Peak: all tensors of one picture. PSNR and MS-SSIM (multi-scale structur
 for LPIPS, whose weights are not bundled): the same seeds in bf16. Judge: share of pictures that show what the prompt
 says. A worst PSNR near 15 dB is that of a picture which the judge accepts too. No GPU has been measured.
 """
+EMULATION = """
+Emulated rows: these schemes compute on CUDA only. Their rounding is done in plain PyTorch: int4 weights to 16 levels a
+group and back, products in bfloat16; fp8 weights and inputs to e4m3 with a scale a row, sums in float32. Sizes are
+arithmetic; memory and time are not measured yet (they need CUDA).
+"""
 
 
 def table(report: dict[str, Any]) -> str:
     """Returns the report as Markdown."""
+    emulated = any(case.get("emulated") for case in report["cases"])
     lines = [
-        HEAD,
+        HEAD + EMULATION * emulated,
         "| case | transformer, MB | text encoder, MB | packed, MB | peak, MB | seconds | time / bf16 | "
         "median PSNR, dB | worst PSNR, dB | mean MS-SSIM | worst MS-SSIM | judge, ALL |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in report["cases"]:
-        sizes = (f"{case[f'{key}_bytes'] / 1e6:.2f}" for key in ("transformer", "text_encoder", "packed", "peak"))
+        sizes = [f"{case[f'{key}_bytes'] / 1e6:.2f}" for key in ("transformer", "text_encoder")]
+        if case.get("emulated"):
+            taken = ["-", *("not measured yet (needs CUDA)",) * 2, "-"]
+        else:
+            taken = [f"{case['packed_bytes'] / 1e6:.2f}", f"{case['peak_bytes'] / 1e6:.2f}"]
+            taken += [f"{case['seconds']:.2f}", f"{case['ratio']:.2f}"]
         psnr = ("equal" if case[key] is None else f"{case[key]:.1f}" for key in ("psnr_median", "psnr_worst"))
         alike = (f"{case[key]:.4f}" for key in ("ms_ssim_mean", "ms_ssim_worst"))
-        cells = [case["name"], *sizes, f"{case['seconds']:.2f}", f"{case['ratio']:.2f}", *psnr, *alike]
+        cells = [case["name"], *sizes, *taken, *psnr, *alike]
         lines.append(f"| {' | '.join(cells)} | {case['scores']['ALL']:.2f} |")
     about = (
         f"`{report['command']}`: {report['pictures']} pictures, {report['steps']} steps, guidance "
         f"{report['guidance_scale']:g}, what is not quantised in bfloat16; {report['date']}, {report['machine']}, "
         f"{report['threads']} thread(s), torch {report['torch']}, Python {report['python']}."
     )
+    if how := report.get("emulated"):
+        about += (
+            f"\n\nEmulated rows: `{how['command']}`, with the same settings; {how['date']}, {how['machine']}, torch "
+            f"{how['torch']}."
+        )
     return "\n".join([*lines, "", about, ""])
 
 
