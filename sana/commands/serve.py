@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None, descrip
     from sana.pipelines.command import run_command
 
     def work() -> int:
-        from sana.serving.memory import share_one_heap
+        from sana.serving.memory import keep_what_is_loaded, share_one_heap
 
         share_one_heap()  # before the imports below start threads
         from sana.pipelines.options import InferenceOptions
@@ -107,14 +107,17 @@ def main(arguments: list[str] | None = None, *, prog: str | None = None, descrip
         model = InferenceOptions(overrides=rest, **{name: given[name] for name in MODEL if name in given})
         settings = ServerSettings(**server_settings(given, read_keys))
 
-        def as_json(url: str) -> None:
+        def ready(url: str) -> None:
             from sana.pipelines.batch import name_pipeline
             from sana.serving.pictures import public_name
 
-            name = settings.model_name or public_name(name_pipeline(model)[1])
-            print(json.dumps({"url": url, "model": name, "pid": os.getpid()}), flush=True)
+            line = url
+            if "json" in given:
+                name = settings.model_name or public_name(name_pipeline(model)[1])
+                line = json.dumps({"url": url, "model": name, "pid": os.getpid()})
+            keep_what_is_loaded()
+            print(line, flush=True)
 
-        ready = as_json if "json" in given else lambda url: print(url, flush=True)
         return serve(model, settings, ready, lower="max_active" not in given)
 
     return run_command(work, debug=bool(given.get("debug")))

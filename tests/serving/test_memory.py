@@ -50,6 +50,18 @@ def test_pages_between_kept_ones_go_back():
     assert said == "True" and float(freed) > 40  # MiB, of 56 that were freed
 
 
+def test_old_circles_are_found_soon_once_the_rest_is_kept():
+    code = "import gc, weakref\nfrom sana.serving.memory import keep_what_is_loaded\n"
+    code += "kept = [[] for _ in range(2_000_000)]\nclass Circle: pass\n"
+    code += "def until_found():\n    one = Circle(); one.own = one; found = weakref.ref(one)\n"
+    code += "    gc.collect(1)\n"  # it is old now
+    code += "    del one\n    others = []\n    while found() is not None and len(others) < 900_000: others.append([])\n"
+    code += "    return len(others)\n"
+    code += "gc.collect(); print(until_found()); keep_what_is_loaded(); print(until_found())"
+    before, after = map(int, run(code))
+    assert after < before / 3
+
+
 def test_without_glibc_nothing_is_done(monkeypatch):
     monkeypatch.setattr(memory, "_function", lambda name: None)
     assert memory.share_one_heap() is False and memory.give_back() is False
