@@ -1,4 +1,4 @@
-"""The heap, and the garbage collector, of a process that serves for months. What pictures need is in `sana/pipelines/memory`."""
+"""The heap and the garbage collector of a process that serves for months. A picture's needs: `sana/pipelines/memory`."""
 
 import ctypes
 import gc
@@ -36,9 +36,9 @@ def give_back() -> bool:
 def keep_what_is_loaded() -> None:
     """Takes what there is now out of the garbage collector's sight. To be called once, when everything is loaded.
 
-    The collector looks at old objects when a quarter more of them has come. Of the hundred thousands that libraries make
-    that is long, so that circles which requests leave would wait for thousands of requests, and every look would stop
-    the server for a tenth of a second.
+    The collector looks at old objects when a quarter more of them has come. Of the hundred thousands that libraries
+    make that is long, so that circles which requests leave would wait for thousands of requests, and every look would
+    go through all of them.
     """
     gc.collect()
     gc.freeze()

@@ -26,34 +26,11 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
     Raises:
         ValueError: uvicorn is not installed.
     """
-    module: Any = need("uvicorn.protocols.http.h11_impl")
-    base: Any = module.H11Protocol
-    h11 = module.h11
+    base: Any = _answering_protocol()
 
     class GuardedProtocol(base):
         _head_timer: TimerHandle | None = None
         _write_timer: TimerHandle | None = None
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._limit: int | None = self.config.limit_concurrency
-            self.limit_concurrency = None  # uvicorn's own check does nothing then
-            self._application: Any = self.app
-
-        def handle_events(self) -> None:
-            full = self._limit is not None and max(len(self.connections), len(self.tasks)) >= self._limit
-            self.app = answer_full if full else self._application
-            super().handle_events()
-
-        def send_400_response(self, msg: str) -> None:
-            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun: there is no other
-                self.transport.abort()
-                return
-            content = _content(NO_HTTP)
-            start = h11.Response(status_code=NO_HTTP.status, headers=_headers(NO_HTTP, content), reason=b"Bad Request")
-            for event in (start, h11.Data(data=content), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event))
-            self.transport.close()
 
         def connection_made(self, transport: BaseTransport) -> None:
             super().connection_made(transport)
@@ -108,6 +85,37 @@ def guarded_protocol(header_seconds: float, write_seconds: float) -> type:
                 self._write_timer = None
 
     return GuardedProtocol
+
+
+def _answering_protocol() -> type:
+    """Returns uvicorn's protocol whose own answers have OpenAI's form."""
+    module: Any = need("uvicorn.protocols.http.h11_impl")
+    base: Any = module.H11Protocol
+    h11 = module.h11
+
+    class AnsweringProtocol(base):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._limit: int | None = self.config.limit_concurrency
+            self.limit_concurrency = None  # uvicorn's own check does nothing then
+            self._application: Any = self.app
+
+        def handle_events(self) -> None:
+            full = self._limit is not None and max(len(self.connections), len(self.tasks)) >= self._limit
+            self.app = answer_full if full else self._application
+            super().handle_events()
+
+        def send_400_response(self, msg: str) -> None:
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer has begun: there is no other
+                self.transport.abort()
+                return
+            content = _content(NO_HTTP)
+            start = h11.Response(status_code=NO_HTTP.status, headers=_headers(NO_HTTP, content), reason=b"Bad Request")
+            for event in (start, h11.Data(data=content), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+            self.transport.close()
+
+    return AnsweringProtocol
 
 
 async def answer_full(scope: Any, receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
