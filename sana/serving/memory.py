@@ -1,4 +1,4 @@
-"""The heap and the garbage collector of a process that serves for months. A picture's needs: `sana/pipelines/memory`."""
+"""The heap and the garbage collector of a process that serves for months. What pictures need is elsewhere."""
 
 import ctypes
 import gc
