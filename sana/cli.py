@@ -28,6 +28,9 @@ COMMANDS = {
         "sana.commands.serve", "serve pictures over HTTP, as OpenAI's interface", "sana serve --port=8000"
     ),
     "app": Command("app.app_sana", "make pictures in a browser", "sana app --port=15432"),
+    "serve-ray": Command(
+        "sana.commands.serve_ray", "the same with replicas on many machines", "sana serve-ray --max_replicas=4"
+    ),
     "train": Command("sana.commands.train", "train a model", "sana train CONFIG.yaml --np=2 --work_dir=output/run"),
     "plan": Command("sana.commands.plan", "say what pictures or a training run need in memory", "sana plan --json"),
     "cache": Command(
