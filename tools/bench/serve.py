@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--clients", type=numbers, default=[1, 2, 4, 8, 16, 32, 64], help="[1,2,4,8,16,32,64]")
-    add("--seconds", type=float, default=15.0, help="of asking, for each number of clients [15]")
+    add("--seconds", type=float, default=12.0, help="of asking, for each number of clients [12]")
     add("--steps", type=int, default=20, help="of every picture [20]")
     add("--size", default="auto", help="of every picture [auto: the model's own]")
     add("--hostile", type=int, default=10_000, help="number of hostile requests [10000]")

@@ -20,7 +20,8 @@ def about(content: dict[str, Any]) -> list[str]:
     """Machine, versions, date, command."""
     known, wish = content["environment"], content["wish"]
     versions = ", ".join(f"{name} {number}" for name, number in known["versions"].items())
-    machine = f"{known['cpu']}, {known['cores']} cores, {known['memory_gib']} GiB; {known['system']}"
+    cores = f"{known['cores']} cores, {known['threads']} threads"
+    machine = f"{known['cpu']}, {cores}, {known['memory_gib']} GiB; {known['system']}"
     if known["device"] != "cpu":
         machine = f"{known['name']}, {known['gpu_memory_gib']} GiB, CUDA {known['cuda']}; {machine}"
     took = f"{content['seconds']:.0f} s; load of the machine {known['load_before']} before, {known['load_after']} after"
