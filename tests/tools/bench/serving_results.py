@@ -7,8 +7,8 @@ LOAD = {
 CONTENT = {
     "environment": {
         "device": "cpu", "name": "CPU", "cpu": "CPU", "cores": 2, "threads": 2, "memory_gib": 8.0, "system": "Linux",
-        "slug": "cpu", "python": "3", "versions": {"torch": "2"}, "date": "2026-01-01", "commit": "abc", "load_before": 0.1,
-        "load_after": 0.2, "command": "python -m tools.bench.serve",
+        "slug": "cpu", "python": "3", "versions": {"torch": "2"}, "date": "2026-01-01", "commit": "abc",
+        "load_before": 0.1, "load_after": 0.2, "command": "python -m tools.bench.serve",
     },
     "model": "tiny", "seconds": 60.0, "wish": {"steps": 3, "size": "auto"}, "load": [LOAD],
     "one_at_a_time": [LOAD | {"a_second": 1.5, "p50": 0.9}],
