@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -23,6 +23,7 @@ from sana.serving.job import CancelledError, HandedBackError, Job, JobOptions
 from sana.serving.memory import give_back
 from sana.serving.stepping import Do, SteppedPipeline
 from sana.serving.throughput import Throughput
+from sana.serving.workers import release_workers, work_alone
 
 GIVE_BACK_SECONDS = 10.0  # in work, and without any, after which free pages of the heap go back to the system
 
@@ -112,6 +113,7 @@ class Engine:
     def __enter__(self) -> Self:
         """Loads what the pipeline loads late, and starts."""
         _ = self.pipeline.autoencoder, self.pipeline.text_encoder, self.pipeline.weights_hash()
+        release_workers()
         self._threads = ThreadPoolExecutor(self.max_active + 1, thread_name_prefix="sana-engine")
         self._loop = self._threads.submit(self._work)
         return self
@@ -256,7 +258,12 @@ class Engine:
 
     def _begin(self, job: Job) -> _Run:
         assert self._threads is not None
-        return _Run(job, Coroutine(lambda ask: job.run(SteppedPipeline(self.pipeline, ask)), self._threads))
+
+        def run(ask: Callable[[Do], Any]) -> Any:
+            work_alone()  # beside the networks, which are the engine's thread's, all is small
+            return job.run(SteppedPipeline(self.pipeline, ask))
+
+        return _Run(job, Coroutine(run, self._threads))
 
     def _round(self) -> None:
         """Answers what every request in work asks of the transformer, and takes each to its next such question."""

@@ -17,7 +17,7 @@ def share_one_heap() -> bool:
     Returns:
         Whether the C library has such a switch: False outside glibc, where nothing is done.
     """
-    mallopt = _function("mallopt")
+    mallopt = c_function("mallopt")
     return mallopt is not None and bool(mallopt(M_ARENA_MAX, 1))
 
 
@@ -27,7 +27,7 @@ def give_back() -> bool:
     Returns:
         Whether the C library can: False outside glibc, where nothing is done.
     """
-    trim = _function("malloc_trim")
+    trim = c_function("malloc_trim")
     if trim is not None:
         trim(0)
     return trim is not None
@@ -45,7 +45,7 @@ def keep_what_is_loaded() -> None:
     gc.collect()  # counts anew what is old: next to nothing
 
 
-def _function(name: str) -> Any:
+def c_function(name: str) -> Any:
     """Returns a function of the C library; None where it has none of that name: musl, macOS, Windows."""
     try:
         return getattr(ctypes.CDLL(None), name, None)

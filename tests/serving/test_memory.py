@@ -25,7 +25,7 @@ libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p,
 
 
 def run(code: str) -> list[str]:
-    if not sys.platform.startswith("linux") or memory._function("malloc_trim") is None:
+    if not sys.platform.startswith("linux") or memory.c_function("malloc_trim") is None:
         pytest.skip("needs glibc")
     done = subprocess.run([sys.executable, "-c", COMMON + code], capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.split()
@@ -63,5 +63,5 @@ def test_old_circles_are_found_soon_once_the_rest_is_kept():
 
 
 def test_without_glibc_nothing_is_done(monkeypatch):
-    monkeypatch.setattr(memory, "_function", lambda name: None)
+    monkeypatch.setattr(memory, "c_function", lambda name: None)
     assert memory.share_one_heap() is False and memory.give_back() is False
