@@ -97,6 +97,13 @@ def test_one_process_may_hold_it_several_times(tmp_path: Path, monkeypatch: pyte
         process.stdin.close()
 
 
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process holds is counted anew: trainers of other tests may still hold their folders."""
+    monkeypatch.setattr(run_lock, "_HELD", {})
+
+
+@pytest.mark.usefixtures("no_locks")
 def test_all_processes_of_a_run_fail_together_and_only_the_main_one_locks(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         process.stdout.readline()
@@ -161,6 +168,7 @@ def test_two_trainings_into_one_folder(options: list[str], tmp_path: Path, size:
     assert last_step(work_dir) == reached + 2
 
 
+@pytest.mark.usefixtures("no_locks")
 def test_a_trainer_that_has_trained_or_cannot_be_built_gives_its_folder_back(tiny_config, monkeypatch) -> None:
     trainer = Trainer(tiny_config)
     assert run_lock._HELD
