@@ -3,7 +3,7 @@
 Numbers come from `plan_stages.py`. The order of harm is documented at `search`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -177,18 +177,60 @@ def _with_decoding(estimate: Estimator, limit: int, settings: Settings) -> Setti
         if name in estimate.stages and not _fits(estimate, limit, name, settings):
             return None
     ways = [replace(settings, tile=tile, slicing=slicing) for tile, slicing in decodings(estimate.job, settings.batch)]
+    if sum(estimate.resident(DECODE, settings).values()) > limit:
+        return None
+
+    def needs(way: Settings) -> int:
+        return estimate.stage(DECODE, way).total
+
     whole, tiled = [way for way in ways if way.tile is None], [way for way in ways if way.tile is not None]
     for way in whole:
-        if _fits(estimate, limit, DECODE, way):
+        if needs(way) <= limit:
             return way
-    smallest_first = tiled[::-1]  # a smaller tile needs no more than a larger one
-    found = greatest(len(tiled), lambda index: _fits(estimate, limit, DECODE, smallest_first[index - 1]))
-    return smallest_first[found - 1] if found else None
+    longest = max(estimate.job.size.model_height, estimate.job.size.model_width)
+    known = [(longest**2, needs(way)) for way in whole[-1:]]
+    found = first_fitting([int(way.tile or 0) ** 2 for way in tiled], lambda index: needs(tiled[index]), limit, known)
+    return None if found is None else tiled[found]
 
 
 def _fits(estimate: Estimator, limit: int, name: str, settings: Settings) -> bool:
     resident = sum(estimate.resident(name, settings).values())
     return resident <= limit and resident + estimate.peak(name, settings) <= limit
+
+
+def first_fitting(
+    areas: Sequence[int], needs: Callable[[int], int], limit: int, known: Sequence[tuple[int, int]] = ()
+) -> int | None:
+    """Returns the first index whose need is within the limit, where every later one needs no more; None if none is.
+
+    As a search by halves, but the next index is guessed from what is known, for every question takes a second.
+
+    Args:
+        areas: of the tiles by index, falling; what they need falls about linearly with them.
+        needs: index -> bytes.
+        limit: bytes.
+        known: pairs of an area and its need, beyond those of `areas`.
+    """
+    low, high, points = 0, len(areas), list(known)
+    while low < high:
+        index = min(max(_guess(areas, points, limit), low), high - 1)
+        points.append((areas[index], needs(index)))
+        if points[-1][1] <= limit:
+            high = index
+        else:
+            low = index + 1
+    return low if low < len(areas) else None
+
+
+def _guess(areas: Sequence[int], points: Sequence[tuple[int, int]], limit: int) -> int:
+    """Returns the index of the largest area that fits, if needs lie on a line through the last two points."""
+    if len(points) < 2:
+        return 0
+    (area, need), (other, others) = points[-2:]
+    if need == others:
+        return len(areas) // 2
+    most = area + (limit - need) * (other - area) / (others - need)
+    return next((index for index, one in enumerate(areas) if one <= most), len(areas) - 1)
 
 
 def greatest(high: int, fits: Callable[[int], bool]) -> int:

@@ -15,6 +15,7 @@ from sana.pipelines.plan_search import (
     decodings,
     default_settings,
     describe,
+    first_fitting,
     greatest,
     least,
     own_tile,
@@ -203,3 +204,32 @@ def test_describe():
     words = describe(Settings(batch=2, tile=256, quantization="int8", text_quantization="nf4"), job())
     assert words == "2 pictures a call, tiles of 256 px, no offload, int8 weights, nf4 text encoder"
     assert describe(Settings(), job(device="cpu")) == "1 picture a call, no tiles, no packed weights"
+
+
+@given(st.data())
+def test_guessing_chooses_what_trying_every_tile_does(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 9))
+    areas = sorted(data.draw(st.sets(st.integers(1, 4000), min_size=count, max_size=count)), reverse=True)
+    needs = sorted(data.draw(st.lists(st.integers(0, 100), min_size=count, max_size=count)), reverse=True)
+    limit, known = data.draw(st.integers(0, 100)), [(5000, 100)] if data.draw(st.booleans()) else []
+    asked: list[int] = []
+
+    def ask(index: int) -> int:
+        asked.append(index)
+        return needs[index]
+
+    expected = next((index for index, need in enumerate(needs) if need <= limit), None)
+    assert first_fitting(areas, ask, limit, known) == expected
+    assert len(asked) == len(set(asked)), "a question is asked once"
+
+
+@pytest.mark.parametrize("limit", [100, 600, 1500, 3000])
+def test_few_questions_are_asked_where_needs_lie_on_a_line(limit: int) -> None:
+    areas, asked = [side**2 for side in (2048, 1536, 1024, 768, 512, 384, 256, 128)], []
+
+    def ask(index: int) -> int:
+        asked.append(index)
+        return 50 + areas[index] // 1000
+
+    first_fitting(areas, ask, limit, [(4096**2, 50 + 4096**2 // 1000)])
+    assert len(asked) <= 3

@@ -24,6 +24,7 @@ from sana.models.autoencoder.dc_ae_layers import (
 )
 from sana.ops import mix_ffn
 from sana.ops.backend import choose
+from sana.ops.chunks import every
 from sana.ops.mix_ffn.reference import to_image
 
 ATTENTION_EPS = 1e-15
@@ -125,7 +126,7 @@ def exact_sums(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     *heads, tokens, size = key.shape
     key_value = key.new_zeros(*heads, size, size, dtype=torch.float64)
     total = key.new_zeros(*heads, size, 1, dtype=torch.float64)
-    for start in range(0, tokens, TOKENS_AT_ONCE):
+    for start in every(range(0, tokens, TOKENS_AT_ONCE)):
         some = key[..., start : start + TOKENS_AT_ONCE, :].relu().double()
         key_value += torch.matmul(some.transpose(-1, -2), value[..., start : start + TOKENS_AT_ONCE, :].double())
         total += some.sum(dim=-2).unsqueeze(-1)

@@ -7,10 +7,10 @@ memory is that of one map (two where the resolution changes) and of one tile. Si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import cast
 
 import torch
@@ -38,11 +38,13 @@ class Job:
         layout: memory format of maps and tiles.
         compiler: what may compile the pieces that run in tiles of the image.
         bar: counts tiles.
+        order: spans of rows and of columns -> the tiles to make; a memory model leaves out those that are like others.
     """
 
     layout: torch.memory_format
     compiler: Compiler | None
     bar: tqdm
+    order: Callable[[Sequence[Span], Sequence[Span]], Iterable[tuple[Span, Span]]] = product
 
     def crop(self, x: Tensor, rows: Span, columns: Span) -> Tensor:
         """A tile of a map, copied unless it is all of it."""
@@ -112,17 +114,16 @@ class Convolutions:
         if self.stride is not None and job.compiler is not None:
             steps = [[job.compiler(i, piece)] for i, piece in enumerate(self.pieces)]
         out = None
-        for row in rows:
-            for column in columns:
-                tile = self._tile(x, self._plan(row, height), self._plan(column, width), steps, job)
-                job.bar.update()
-                if len(rows) == len(columns) == 1:
-                    return tile.contiguous(memory_format=layout)
-                if out is None:
-                    shape = (*tile.shape[:2], rows[-1][1], columns[-1][1])
-                    out = torch.empty(shape, dtype=tile.dtype, device=tile.device, memory_format=layout)
-                out[:, :, slice(*row), slice(*column)] = tile
-                del tile
+        for row, column in job.order(rows, columns):
+            tile = self._tile(x, self._plan(row, height), self._plan(column, width), steps, job)
+            job.bar.update()
+            if len(rows) == len(columns) == 1:
+                return tile.contiguous(memory_format=layout)
+            if out is None:
+                shape = (*tile.shape[:2], rows[-1][1], columns[-1][1])
+                out = torch.empty(shape, dtype=tile.dtype, device=tile.device, memory_format=layout)
+            out[:, :, slice(*row), slice(*column)] = tile
+            del tile
         assert out is not None, "a map has a pixel"
         return out
 
@@ -176,11 +177,10 @@ class Attention:
             return self.block(x).contiguous(memory_format=layout)
         context, local = self.block.context_module, self.block.local_module
         attention, near, sums = cast(LiteMLA, context.main), halo(reach(context)), Sums()
-        for row in rows:
-            for column in columns:
-                (tall, inner), (wide, across) = _around(row, x.shape[2], near), _around(column, x.shape[3], near)
-                sums.add(attention, job.crop(x, tall, wide), inner, across)
-                job.bar.update()
+        for row, column in job.order(rows, columns):
+            (tall, inner), (wide, across) = _around(row, x.shape[2], near), _around(column, x.shape[3], near)
+            sums.add(attention, job.crop(x, tall, wide), inner, across)
+            job.bar.update()
         x = _change(x, rows, columns, near, lambda *tile: sums.attend(attention, *tile), job)
         return _change(x, rows, columns, halo(reach(local)), lambda tile, *part: _part(local.main(tile), *part), job)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sana.ops.chunks import every
+
 CHUNK_BYTES = 2**24  # queries beyond this are normed and multiplied in chunks of tokens, none of them larger
 Weights = tuple[Tensor, Tensor] | None  # of the norms of queries and keys
 
@@ -40,7 +42,7 @@ def linear_attention_cpu(
     both = (both if inplace else both.clone()).unflatten(-1, (2, width))  # queries and keys (B, N, 2, D)
     if q_weight is not None and k_weight is not None:
         weights = torch.stack([q_weight, k_weight])
-        for part in both.split(tokens, dim=1):
+        for part in every(both.split(tokens, dim=1)):
             _norm(part, weights, norm_eps)
     query, key = both.relu_().unbind(dim=2)
     out = qkv.new_empty(*qkv.shape[:2], num_heads, width // num_heads)
@@ -48,7 +50,7 @@ def linear_attention_cpu(
         heads = (part[row].unflatten(-1, (num_heads, -1)).transpose(0, 1) for part in (query, key, value))
         q, k, v = heads  # (h, N, d)
         key_value, key_sum = torch.bmm(k.transpose(1, 2), v), k.sum(dim=1).unsqueeze(-1)
-        for chunk, quotient in zip(q.split(tokens, dim=1), result.split(tokens), strict=True):
+        for chunk, quotient in zip(every(q.split(tokens, dim=1)), every(result.split(tokens)), strict=True):
             numerator, denominator = torch.bmm(chunk, key_value), torch.bmm(chunk, key_sum).add_(eps)
             torch.div(numerator.transpose(0, 1), denominator.transpose(0, 1), out=quotient)
     return out.flatten(2)
@@ -69,12 +71,12 @@ def _in_fp32(qkv: Tensor, num_heads: int, eps: float, norms: Weights, norm_eps: 
 
     for row, result in zip(qkv, out, strict=True):
         key_value = key_sum = None
-        for packed in row.split(tokens):
+        for packed in every(row.split(tokens)):
             key, value = widened(packed, 1), widened(packed, 2)
             product, total = torch.bmm(key.transpose(1, 2), value), key.sum(dim=1).unsqueeze(-1)
             key_value = product if key_value is None else key_value.add_(product)
             key_sum = total if key_sum is None else key_sum.add_(total)
-        for packed, quotient in zip(row.split(tokens), result.split(tokens), strict=True):
+        for packed, quotient in zip(every(row.split(tokens)), every(result.split(tokens)), strict=True):
             query = widened(packed, 0)
             numerator, denominator = torch.bmm(query, key_value), torch.bmm(query, key_sum).add_(eps)
             torch.div(numerator.transpose(0, 1), denominator.transpose(0, 1), out=quotient)

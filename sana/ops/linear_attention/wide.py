@@ -1,11 +1,12 @@
 """Attention of 16-bit heads in float32, without a float32 copy of all queries; for inference."""
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sana.ops.chunks import every
 
 CHUNK_BYTES = 2**24  # of the float32 queries of one image that are made at once
 
@@ -62,8 +63,8 @@ def _spans(query: Tensor) -> list[slice]:
     """About equal chunks of the tokens of (B, h, N, d)."""
     _, heads, count, dim = query.shape
     chunks = -(-count * heads * dim * 4 // CHUNK_BYTES)
-    bounds = [i * count // chunks for i in range(chunks + 1)]
-    return [slice(*bound) for bound in pairwise(bounds)]
+    size = -(-count // chunks)
+    return list(every([slice(start, min(start + size, count)) for start in range(0, count, size)]))
 
 
 def _joined(query: Tensor) -> Tensor:

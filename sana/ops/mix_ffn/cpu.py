@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sana.ops.chunks import every
 from sana.ops.linear.cpu import linear_cpu
 from sana.ops.mix_ffn.reference import WeightBias, to_image, to_tokens
 from sana.ops.packing import pack, packable
@@ -66,7 +67,7 @@ def _by_chunks(
     """
     inverted, depth, point = layers
     reach = depth[0].shape[-1] // 2 * dilation
-    chunks = x.split(rows * width, dim=1)
+    chunks = every(x.split(rows * width, dim=1))
     outside = x.new_zeros(1, reach * width, len(depth[0]) // 2)
     carried, done = [outside, outside], 0
     for number, tokens in enumerate(chunks, start=1):

@@ -20,7 +20,7 @@ from sana.models.autoencoder.dc_ae_resample import InterpolateUpsample
 from sana.models.autoencoder.loading import CONFIG_FILE, parse_config
 from sana.models.layers.linear import Linear
 from sana.models.metadata import fp16_lineage
-from sana.pipelines.offload_units import units_of
+from sana.pipelines.offload_units import TEXT_LAYERS, units_of
 from sana.utils.dtype import parse_dtype
 
 NETWORKS = ("text_encoder", "transformer", "autoencoder")
@@ -158,6 +158,18 @@ def use_empty_tables(transformer: Any) -> None:
         return rotations.get(grid)
 
     transformer.position_embedding, transformer.rotary = position_embedding, rotary
+
+
+def repeated(network: str, module: Any) -> list[list[nn.Module]]:
+    """Returns the runs of blocks, or of a language model's layers, that may be alike."""
+    if network == "autoencoder":
+        return []
+    if network == "transformer":
+        return [list(module.blocks)]
+    named = module.named_modules()
+    return [
+        list(one) for path, one in named if isinstance(one, nn.ModuleList) and path.rpartition(".")[2] in TEXT_LAYERS
+    ]
 
 
 def keep_folded(autoencoder: nn.Module) -> None:

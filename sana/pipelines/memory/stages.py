@@ -12,11 +12,13 @@ from sana.config import ConfigError, SanaConfig
 from sana.diffusion import SAMPLERS
 from sana.diffusion.guidance import Guidance, guide
 from sana.models.text_encoder.base import PromptEmbeds
+from sana.ops.chunks import few
 from sana.ops.packing import pack_budget
 from sana.pipelines.denoise import SprintDenoiser, TransformerDenoiser
 from sana.pipelines.memory import networks
 from sana.pipelines.memory.kernels import FusedAttention, cpu_kernels
 from sana.pipelines.memory.networks import NetworkWeights
+from sana.pipelines.memory.repeats import Repeats
 from sana.pipelines.memory.texts import Lengths, TextRun
 from sana.pipelines.memory.tiles import set_tiling
 from sana.pipelines.memory.tracker import CUDA_BLOCK, MemoryTracker
@@ -38,7 +40,12 @@ class MemoryModel:
         dtype: of the transformer and the text encoder.
         quantization: scheme of the transformer, or None.
         text_quantization: scheme of the text encoder, or None.
+
+    Attributes:
+        thorough: whether blocks and chunks that are alike are all run: the same numbers, later.
     """
+
+    thorough = False
 
     def __init__(
         self,
@@ -247,6 +254,9 @@ class MemoryModel:
             networks.give_storage(module, networks.network_dtype(network, self.config, self.dtype), self.device)
         if network == "transformer":
             networks.use_empty_tables(module)
+        if not self.thorough:
+            for blocks in networks.repeated(network, module):
+                Repeats(blocks)
         if network == "autoencoder":
             networks.keep_folded(module)
         return module
@@ -261,6 +271,8 @@ class MemoryModel:
             if self.device == "cuda":
                 stack.enter_context(FusedAttention())
             stack.enter_context(torch.no_grad())
+            if not self.thorough:
+                stack.enter_context(few())
             stack.enter_context(tracker)
             yield tracker, network
 

@@ -1,5 +1,7 @@
 """Of tiles that are alike one says all: the same peak as all of them."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -17,7 +19,19 @@ def test_thinned_tiles_have_the_peak_of_all(stage, device, monkeypatch) -> None:
     tiling = Tiling(64, 64, 64, 64)
     thinned = getattr(model, stage)(256, 256, 1, tiling=tiling)
     monkeypatch.setattr(tiles, "thin", lambda spans, work: list(spans))
+    monkeypatch.setattr(tiles, "decisive", lambda rows, columns: list(product(rows, columns)))
+    monkeypatch.setattr(tiles, "alike", lambda part, other: False)
     assert getattr(model, stage)(256, 256, 1, tiling=tiling) == thinned
+
+
+@pytest.mark.parametrize(("stage", "device"), [("decode", "cuda"), ("decode", "cpu"), ("encode", "cuda")])
+def test_a_few_tiles_of_every_run_have_the_peak_of_all(stage, device, monkeypatch) -> None:
+    model = MemoryModel(source_config(find_model("asset/models/sana_tiny")), device=device, dtype=torch.float32)
+    sizes = [(256, 256, 64), (160, 512, 96), (256, 256, 128), (64, 320, 128)]
+    few = [getattr(model, stage)(height, width, 1, tiling=Tiling(*[side] * 4)) for height, width, side in sizes]
+    monkeypatch.setattr(tiles, "decisive", lambda rows, columns: list(product(rows, columns)))
+    monkeypatch.setattr(tiles, "alike", lambda part, other: False)
+    assert few == [getattr(model, stage)(height, width, 1, tiling=Tiling(*[side] * 4)) for height, width, side in sizes]
 
 
 def test_thin_keeps_both_ends_and_the_inner_one_with_most_work() -> None:
