@@ -13,6 +13,7 @@ from torch import nn
 
 from sana.config import SanaConfig
 from sana.ops.packing import set_pack_budget
+from sana.pipelines.calls import generate_in_calls
 from sana.pipelines.plan_report import CPU_NOTE, CUDA_NOTE, Reason, Sheet
 from sana.pipelines.plan_request import AUTO, NONE, Job, PlanRequest, format_memory, make_job
 from sana.pipelines.plan_search import MemoryLimitError, as_options, own_tile, search
@@ -21,6 +22,7 @@ from sana.utils.dtype import dtype_name
 from sana.utils.logging import get_logger
 
 if TYPE_CHECKING:
+    from sana.pipelines.request import Request
     from sana.pipelines.sana_pipeline import SanaPipeline
 
 __all__ = ["MemoryLimitError", "Plan", "PlanRequest", "Plannable", "make_plan"]
@@ -70,8 +72,9 @@ class Plan(Sheet):
     def apply(self, pipeline: "SanaPipeline") -> None:
         """Gives a pipeline these settings; best before its networks are loaded, so that they never lie side by side.
 
-        Splitting into `calls` is the caller's: `for part in plan.batches(prompts): pipeline(part)`. A plan without
-        packed copies switches them off for the whole process (`sana.ops.packing.set_pack_budget`).
+        With a bound, calls of the pipeline with more pictures than `settings.batch` are made in several, see
+        `Plannable.generate_as_planned`. A plan without packed copies switches them off for the whole process
+        (`sana.ops.packing.set_pack_budget`).
 
         Raises:
             ValueError: the pipeline is on another kind of device or in another dtype than the plan is for.
@@ -87,6 +90,7 @@ class Plan(Sheet):
         if self.request.device == "cpu" and not chosen.packing:
             set_pack_budget(0)
         _decode_with(pipeline, chosen, own_tile(make_job(pipeline.config, self.request)))
+        pipeline._plan = self
 
     def _check_fits_to(self, pipeline: "SanaPipeline") -> None:
         if pipeline.device.type != self.request.device:
@@ -240,6 +244,8 @@ def _word(value: object) -> str:
 class Plannable:
     """The part of `SanaPipeline` that plans its memory."""
 
+    _plan: Plan | None = None  # that was applied last
+
     def plan(self, height: int | None = None, width: int | None = None, batch: int = 1, **options: Any) -> Plan:
         """Says what pictures will need, without loading anything.
 
@@ -267,6 +273,17 @@ class Plannable:
                 )
         return make_plan(pipeline.config, PlanRequest(height=height, width=width, batch=batch, **(options | own)))
 
+    def generate_as_planned(self, request: "Request") -> Any:
+        """Makes the pictures of a request in as many calls as the plan that was applied allows; else in one.
+
+        Raises:
+            ValueError: see `sana.pipelines.calls.generate_in_calls`, and `Request`.
+        """
+        pipeline, plan = cast("SanaPipeline", self), self._plan
+        if plan is None or plan.limit is None or not plan.request.split:
+            return pipeline.generate(request)
+        return generate_in_calls(pipeline, request, plan.settings.batch)
+
     def fit(
         self,
         max_vram: int | str,
@@ -281,7 +298,7 @@ class Plannable:
             max_vram: bytes or a text such as "8GB".
             height: of a picture in pixels; None for the model's own size.
             width: as `height`.
-            batch: pictures that are wanted; the plan says in how many calls (`plan.batches`).
+            batch: pictures that are wanted in a call; the plan says in how many parts they are made.
             **options: the other fields of `PlanRequest`; what is given there is not changed.
 
         Returns:
