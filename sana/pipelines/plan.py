@@ -4,10 +4,9 @@ The search is in `plan_search.py`, the sums in `plan_stages.py`, the table in `p
 `plan_training.py`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["MemoryLimitError", "Plan", "PlanRequest", "Plannable", "make_plan"]
 
 logger = get_logger(__name__)
-Item = TypeVar("Item")
 
 INEXACT_NOTE = "quantised weights change the picture a little; every other setting here makes the same picture."
 FREE = {
@@ -60,11 +58,6 @@ class Plan(Sheet):
     def exact(self) -> bool:
         """Whether the pictures are those of a pipeline without these settings."""
         return self.settings.quantization is None and self.settings.text_quantization is None
-
-    def batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
-        """Splits prompts (or seeds, or whatever goes with each picture) into those of each call."""
-        size = self.settings.batch
-        return [items[start : start + size] for start in range(0, len(items), size)]
 
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"calls": self.calls, "batch": self.settings.batch, "exact": self.exact}

@@ -194,7 +194,7 @@ class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
         width: int | None = None,
         **options: Any,
     ) -> Any:
-        """Makes pictures.
+        """Makes pictures; in several parts where a plan with a bound says so (`fit`).
 
         Args:
             prompt: a text or a list; every prompt's images are returned.
@@ -210,11 +210,11 @@ class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
             ValueError: an argument is out of range, or cannot take effect.
             NonFiniteError: a network produced infinity or NaN.
         """
-        return self.generate(Request(prompt=prompt, height=height, width=width, **options))
+        return self.generate_as_planned(Request(prompt=prompt, height=height, width=width, **options))
 
     @torch.inference_mode()
     def generate(self, request: Request) -> Any:
-        """Makes the pictures of a request; see `__call__`."""
+        """Makes the pictures of a request at once; see `__call__`."""
         if self.device.type == "cpu":
             keep_freed_memory()
         transformer = self._require_transformer()
