@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sana.data.image_records import ImageRecord
 from sana.data.sample import BrokenSampleError
 
 PROMPT = "prompt"  # the name of an image's own caption, beside those of captioners
@@ -72,6 +73,27 @@ def choose_caption(
     if known:
         return max(known, key=lambda pair: pair[1])
     return (PROMPT if PROMPT in captions else next(iter(captions))), None
+
+
+def prompt_of(record: ImageRecord, lines: str) -> str:
+    """Returns an image's own caption: of its folder's `meta_data.json`, else of the text file beside it, else "".
+
+    Args:
+        record: of the image.
+        lines: see `caption_of_text`.
+
+    Raises:
+        BrokenSampleError: the text file cannot be read.
+    """
+    if record.prompt is not None:
+        return record.prompt
+    if not record.text_suffix:
+        return ""
+    try:
+        text = Path(record.stem + record.text_suffix).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenSampleError(record.key, f"its text file cannot be read: {error}") from error
+    return caption_of_text(text, lines)
 
 
 def caption_of_text(text: str, lines: str = "first") -> str:

@@ -16,9 +16,9 @@ from sana.data.aspect_ratio import ASPECT_RATIOS, closest_ratio
 from sana.data.captions import (
     CAPTION_LINES,
     PROMPT,
-    caption_of_text,
     captions_of_json,
     choose_caption,
+    prompt_of,
     read_json,
     scores_of_json,
 )
@@ -162,7 +162,7 @@ class SanaImgDataset:
         record = self.records[index]
         captions: dict[str, str] = {}
         scores: list[tuple[str, float]] = []
-        if prompt := self._prompt(record):
+        if prompt := prompt_of(record, self.caption_lines):
             captions[PROMPT] = prompt
         for suffix in self.caption_suffixes:
             path = f"{record.stem}{suffix}.json"
@@ -195,17 +195,6 @@ class SanaImgDataset:
             image=None if self.load_vae_feat else self._image(index),
             **features,
         )
-
-    def _prompt(self, record: ImageRecord) -> str:
-        if record.prompt is not None:
-            return record.prompt
-        if not record.text_suffix:
-            return ""
-        try:
-            text = Path(record.stem + record.text_suffix).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BrokenSampleError(record.key, f"its text file cannot be read: {error}") from error
-        return caption_of_text(text, self.caption_lines)
 
     def _image(self, index: int) -> Tensor:
         record = self.records[index]

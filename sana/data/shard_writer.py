@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sana.data.captions import PROMPT, caption_of_text, captions_of_json, read_json, scores_of_json
+from sana.data.captions import PROMPT, captions_of_json, prompt_of, read_json, scores_of_json
 from sana.data.image_records import ImageRecord, find_records
 from sana.data.images import image_size
 from sana.data.sample import BrokenSampleError, DataError
@@ -213,7 +213,7 @@ def _pack(key: str, record: ImageRecord, suffixes: Sequence[str], caption_lines:
         except ValueError as error:
             raise BrokenSampleError(record.key, f"{path}: {error}") from error
         side |= {suffix: entry} if entry else {}
-    prompt = _prompt(record, caption_lines)
+    prompt = prompt_of(record, caption_lines)
     described = {
         "file_name": f"{key}{extension}",
         **({PROMPT: prompt} if prompt else {}),
@@ -228,18 +228,6 @@ def _pack(key: str, record: ImageRecord, suffixes: Sequence[str], caption_lines:
     if max(size for _, _, size in copied) > MAX_MEMBER_BYTES:
         raise BrokenSampleError(record.key, f"it is larger than the {MAX_MEMBER_BYTES} bytes that a shard may hold")
     return PackedRecord(key, ((f"{key}.json", text, len(text)), *copied), side)
-
-
-def _prompt(record: ImageRecord, caption_lines: str) -> str:
-    if record.prompt is not None:
-        return record.prompt
-    if not record.text_suffix:
-        return ""
-    try:
-        text = Path(record.stem + record.text_suffix).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokenSampleError(record.key, f"its text file cannot be read: {error}") from error
-    return caption_of_text(text, caption_lines)
 
 
 def _shards(packed: Iterator[PackedRecord], shard_size: int, max_bytes: int) -> Iterator[list[PackedRecord]]:

@@ -50,7 +50,7 @@ class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
 
     Args:
         config: a YAML file, a `SanaConfig`, or a mapping of its sections.
-        device: "cuda" where there is one and nothing else is said, else "cpu". "mps" is accepted, not tested.
+        device: "cuda" where there is one and nothing else is said, else "cpu". "mps" ran as a stand-in only.
         dtype: of the transformer and the text encoder: a torch dtype or a name such as "bf16". None means fp32 on a
             CPU and `model.mixed_precision` elsewhere. The autoencoder keeps `vae.weight_dtype`.
 
