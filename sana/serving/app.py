@@ -1,5 +1,6 @@
 """The HTTP interface: addresses, keys, answers in OpenAI's form. What they mean is in `service.py`."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
@@ -167,7 +168,7 @@ class Api:
         return _json(self._model())
 
     async def file(self, request: "Request") -> "Response":
-        png = self.store.get(request.path_params["name"])
+        png = await asyncio.to_thread(self.store.get, request.path_params["name"])
         if png is None:
             raise of_status(404)
         return _response(png, 200, "image/png", {"Cache-Control": "private, max-age=3600"})
@@ -183,16 +184,17 @@ class Api:
         if wish.stream:
             return self._stream(self.service.begin(wish))
         pictures = await self.service.make(wish, lambda: until_gone(request.receive))
-        data = [self._datum(one, wish.response_format, request) for one in pictures]
+        data = [await self._datum(one, wish.response_format, request) for one in pictures]
         first = pictures[0]
         about = {"size": f"{first.width}x{first.height}", "output_format": "png", "background": "opaque"}
         return _json({"created": int(time.time()), "data": data, **about})
 
-    def _datum(self, picture: Picture, form: str, request: "Request") -> dict[str, Any]:
+    async def _datum(self, picture: Picture, form: str, request: "Request") -> dict[str, Any]:
         if form == "b64_json":
             return {"b64_json": picture.base64, "seed": picture.seed}
         base = (self.service.settings.public_url or str(request.base_url)).rstrip("/")
-        return {"url": f"{base}/files/{self.store.put(picture.png)}", "seed": picture.seed}
+        name = await asyncio.to_thread(self.store.put, picture.png)  # a disk, or another machine
+        return {"url": f"{base}/files/{name}", "seed": picture.seed}
 
     def _stream(self, begun: Begun) -> "Response":
         """Returns an answer that tells events; however it ends, the jobs end with it."""

@@ -8,7 +8,7 @@ from sana.pipelines.options import InferenceOptions
 from sana.serving.app import Message, Outside, Send, build_app
 from sana.serving.engine import Engine
 from sana.serving.extras import need, need_ray
-from sana.serving.memory import share_one_heap
+from sana.serving.memory import keep_what_is_loaded, share_one_heap
 from sana.serving.model import open_model
 from sana.serving.service import Service
 from sana.serving.settings import ServerSettings
@@ -46,6 +46,7 @@ class Replica:
         outside = build_app(Service(self.engine, settings), cast(PictureStore, SharedStore(need_ray(), store)))
         outside.metrics.registry = Labelled(outside.metrics.registry, replica=self.name)
         self.application = Signed(outside, self.name)
+        keep_what_is_loaded()
 
     def __serve_build_asgi_app__(self) -> "Signed":
         """Returns what answers requests; called by Ray after the constructor."""

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import logging
+import threading
 from contextlib import ExitStack, contextmanager
 
 import httpx
@@ -98,6 +99,37 @@ def test_pictures_by_address_are_fetched_without_a_key(small):
         assert fetched.headers["content-type"] == "image/png" and fetched.content.startswith(b"\x89PNG")
         is_error(site.ask("GET", "/files/other.png"), 404)
         is_error(site.ask("GET", "/files/..%2f..%2fetc%2fpasswd"), 404)
+
+
+def test_a_slow_store_delays_nobody_else(small):
+    """Its disk may be slow, or its machine another one: meanwhile the loop answers."""
+    with site_of(small) as site:
+        asked, answered = threading.Event(), threading.Event()
+
+        class Slow:
+            def put(self, png):
+                asked.set()
+                assert answered.wait(60), "nobody is answered while a picture is stored"
+                return "a.png"
+
+            def get(self, name):
+                return bytes([answered.wait(60)])
+
+        app = build_app(site.service, Slow())
+
+        async def both(method, path, **options):
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://site") as client:
+                waiting = asyncio.create_task(client.request(method, path, **options))
+                await asyncio.to_thread(asked.wait, 60)
+                assert (await client.get("/health/live")).status_code == 200
+                answered.set()
+                return await waiting
+
+        wish = {"prompt": "a cat", "steps": 1, "response_format": "url"}
+        made = site.runner.run(both("POST", POST, json=wish)).json()
+        assert made["data"][0]["url"] == "http://site/files/a.png"
+        answered.clear()
+        assert site.runner.run(both("GET", "/files/a.png")).content == b"\x01"
 
 
 def test_a_public_url_stands_before_the_names(small):
