@@ -13,6 +13,7 @@ from torch import Tensor
 from sana.diffusion.flow import expand_like
 
 HALF_BIN = 1 / 255  # of an 8-bit value in [-1, 1]
+LITTLE_NOISE = 249  # the last index of 1000 at which `snr_loss` compares latents
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class VPProcess:
         """Returns alpha * latents + sigma * noise; latents (B, ...), index (B,) int64 in [0, T)."""
         return self._at(self.alphas, index, latents) * latents + self._at(self.sigmas, index, latents) * noise
 
-    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, index: Tensor) -> VPLoss:
+    def loss(
+        self, prediction: Tensor, latents: Tensor, noise: Tensor, index: Tensor, *, snr_loss: bool = False
+    ) -> VPLoss:
         """Returns the hybrid loss.
 
         Args:
@@ -54,13 +57,21 @@ class VPProcess:
             latents: (B, C, ...).
             noise: like `latents`, as given to `add_noise`.
             index: (B,) int64 in [0, T).
+            snr_loss: of samples with little noise (index up to 249, of 1000) the latents that follow from the
+                predicted noise are compared, not the noise: the error is weighed with the inverse of the
+                signal-to-noise ratio (`train.snr_loss` of the official code).
         """
         if prediction.shape[1] != 2 * latents.shape[1]:
             raise ValueError(
                 f"prediction has {prediction.shape[1]} channels; {2 * latents.shape[1]} are needed: noise and variance."
             )
         predicted, position = prediction.chunk(2, dim=1)
-        mse = (noise - predicted).square().flatten(1).mean(1)
+        difference = noise - predicted
+        if snr_loss:  # latents = (noisy - sigma * noise) / alpha
+            sigma_to_alpha = self._at(self.sigmas / self.alphas, index, latents)
+            little = expand_like(index <= LITTLE_NOISE, latents).bool()
+            difference = torch.where(little, sigma_to_alpha * difference, difference)
+        mse = difference.square().flatten(1).mean(1)
         bound = self._bound(predicted.detach(), position, latents, self.add_noise(latents, noise, index), index)
         return VPLoss(mse + bound, mse, bound)
 

@@ -69,6 +69,21 @@ def test_index_zero_uses_the_likelihood_of_the_data() -> None:
     assert float(bad.bound - good.bound) == pytest.approx(float((likelihood[0] / likelihood[1]).log2()), rel=0.03)
 
 
+def test_snr_loss_compares_latents_where_there_is_little_noise() -> None:
+    process, generator = VPProcess(), torch.Generator().manual_seed(4)
+    index = torch.tensor([0, 100, 249, 250, 999])
+    latents, noise, predicted = (torch.randn(5, 4, 3, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    position = torch.zeros_like(latents)
+    plain, weighed = (
+        process.loss(torch.cat([predicted, position], 1), latents, noise, index, snr_loss=snr) for snr in (False, True)
+    )
+    alpha, sigma = (table[index].view(-1, 1, 1, 1) for table in (process.alphas, process.sigmas))
+    expected = (alpha * latents + sigma * noise - sigma * predicted) / alpha  # the latents that the prediction means
+    of_latents = (latents - expected).square().flatten(1).mean(1)
+    assert torch.allclose(weighed.mse[:3], of_latents[:3], rtol=1e-9) and torch.equal(weighed.mse[3:], plain.mse[3:])
+    assert torch.equal(weighed.bound, plain.bound) and torch.equal(weighed.loss, weighed.mse + weighed.bound)
+
+
 def test_a_prediction_without_a_variance_is_an_error() -> None:
     latents = torch.zeros(1, 4, 2, 2)
     with pytest.raises(ValueError, match="4 channels; 8 are needed"):

@@ -47,7 +47,8 @@ def run_flow_loss(case: Case) -> None:
 def run_vp_loss(case: Case) -> None:
     recorded, process = case.tensors("in."), VPProcess()
     prediction = recorded["model_out"].clone().requires_grad_()
-    result = process.loss(prediction, recorded["x0"], recorded["noise"], recorded["t_index"])
+    snr_loss = bool(case.constructor.get("snr", case.call.get("snr", False)))
+    result = process.loss(prediction, recorded["x0"], recorded["noise"], recorded["t_index"], snr_loss=snr_loss)
     case.assert_close(result.mse, case.tensor("out.mse"), "mse")
     case.assert_close(result.bound, case.tensor("out.vb"), "bound")
     case.assert_close(result.loss, case.tensor("out.loss"), "loss")
