@@ -38,6 +38,7 @@ def build_parser(prog: str | None = None, description: str | None = None) -> arg
     add("--text_quantization", help="of the text encoder, as --quantization")
     add("--packing", type=or_word(truth, "auto"), metavar="BOOL", help="a CPU's copies of weights in its own layout")
     add("--split", **bool_flag, help="pictures may be made in several calls (default: true)")
+    add("--upscale_from", type=int, metavar="SIDE", help="start from a small picture of about SIDE x SIDE pixels")
     add("--train", **bool_flag, help="plan the config's training run instead of pictures")
     add("--checkpointing", help="with --train: what is computed again, none, ffn, blocks or auto")
     add("--json", **bool_flag, help="print JSON, amounts in bytes")

@@ -8,20 +8,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sana.pipelines.inputs import ImageSize
-from sana.pipelines.memory.stages import MemoryModel
 from sana.pipelines.options import InferenceOptions
-from sana.pipelines.plan import OFFLOADERS, MemoryLimitError, Plan, make_plan
+from sana.pipelines.plan import OFFLOADERS, Plan
 from sana.pipelines.plan_request import AUTO, NONE, PlanRequest, format_memory, make_job
 from sana.pipelines.plan_search import describe
-from sana.pipelines.plan_stages import make_tiling
 from sana.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from sana.pipelines.sana_pipeline import SanaPipeline
 
 logger = get_logger(__name__)
-
-TILES = (2048, 1024, 512, 256, 128)  # sides in pixels that are tried for encoding
 
 
 def plan_memory(pipeline: "SanaPipeline", options: InferenceOptions, sizes: Sequence[ImageSize]) -> Plan | None:
@@ -56,54 +52,21 @@ def plan_memory(pipeline: "SanaPipeline", options: InferenceOptions, sizes: Sequ
         "max_vram": options.max_vram,
         "guidance": None if any(scale != 1 for scale in _values(options, "cfg_scale")) else False,
         "pag": any(scale > 1 for scale in _values(options, "pag_scale")),
-        "use_resolution_binning": options.binning,
+        "use_resolution_binning": options.use_resolution_binning,
+        "upscale_from": options.upscale_from,
     }
     plan = pipeline.plan(size.height, size.width, min(options.bs, count), **job, **settings)
-    encoding = 0
-    if options.upscale_from is not None:
-        plan, encoding = _plan_encoding(pipeline, plan, size)
-    logger.info("%s", one_line(plan, pipeline, max(plan.peak, encoding)))
+    logger.info("%s", one_line(plan, pipeline))
     if not plan.exact:
         logger.warning("to fit into %s, weights are quantised: pictures change a little", options.max_vram)
     return plan
 
 
-def _plan_encoding(pipeline: "SanaPipeline", plan: Plan, size: ImageSize) -> tuple[Plan, int]:
-    """Returns a plan by which the enlarged small picture is encoded as well, with smaller tiles where it has to be.
-
-    Returns:
-        The plan, and the bytes allocated while the picture is encoded.
-
-    Raises:
-        MemoryLimitError: it does not fit, or the caller's own tiles are too large.
-    """
-    limit = plan.limit
-    assert limit is not None
-    model = MemoryModel(pipeline.config, device=pipeline.device.type, dtype=pipeline.dtype)
-    height, width = size.model_height, size.model_width
-    planned = plan.settings.tile or max(height, width)
-    smaller = [side for side in TILES if side < planned] if plan.request.tiling == AUTO else []
-    for side in (None, *smaller):
-        if side is not None:
-            plan = make_plan(pipeline.config, replace(plan.request, tiling=side))
-        tiling = make_tiling(plan.settings.tile) if plan.settings.tile else None
-        needed = plan.stages[-1].resident + model.encode(height, width, 1, tiling=tiling)
-        if needed <= limit:
-            return plan, needed
-    raise MemoryLimitError(
-        f"upscale_from encodes a picture of {height}x{width}, which needs {format_memory(needed, up=True)} of "
-        f"{format_memory(limit)}; use more max_vram, smaller or automatic tiles, or a smaller picture.",
-        needed=needed,
-        allowed=limit,
-        stage="encoding",
-    )
-
-
-def one_line(plan: Plan, pipeline: "SanaPipeline", peak: int) -> str:
+def one_line(plan: Plan, pipeline: "SanaPipeline") -> str:
     """Returns a plan as "what: settings; at most x of y"."""
     words = describe(plan.settings, make_job(pipeline.config, plan.request))
     limit = "" if plan.limit is None else f" of {format_memory(plan.limit)}"
-    return f"{plan.headline}: {words}; at most {format_memory(peak, up=True)}{limit}"
+    return f"{plan.headline}: {words}; at most {format_memory(plan.peak, up=True)}{limit}"
 
 
 def planned_options(options: InferenceOptions, plan: Plan | None) -> InferenceOptions:

@@ -196,6 +196,7 @@ def _headline(config: SanaConfig, job: Job) -> str:
     inside = f" (made as {size.model_height} x {size.model_width})" if size.binned else ""
     extras = [name for name, there in (("guidance", job.guidance), ("PAG", request.pag)) if there]
     with_extras = f", {' and '.join(extras)}" if extras else ", no guidance"
+    with_extras += f", from {job.small[0]} x {job.small[1]} px" if job.small else ""
     return (
         f"{config.model.model}: {count} of {size.height} x {size.width} px{inside}, {dtype_name(job.dtype)} on "
         f"{request.device}{with_extras}"

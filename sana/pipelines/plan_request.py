@@ -13,6 +13,7 @@ from sana.config import SanaConfig
 from sana.ops.backend import plain_kind
 from sana.ops.packing import pack_budget
 from sana.pipelines import inputs
+from sana.pipelines.upscale import check_upscale, small_size
 from sana.registry import suggest
 from sana.utils.dtype import parse_dtype
 
@@ -106,6 +107,7 @@ class PlanRequest:
         quantization, text_quantization: scheme of the transformer's and the text encoder's weights, "none" or "auto".
         packing: whether a CPU keeps copies of weights in its own layout: True, False or "auto".
         split: whether the pictures may be made in several calls.
+        upscale_from: as in a call of the pipeline: a small picture comes first, and is encoded at the full size.
 
     Raises:
         ValueError: a value is not allowed, or cannot take effect.
@@ -128,6 +130,7 @@ class PlanRequest:
     text_quantization: str | None = AUTO
     packing: bool | str = AUTO
     split: bool = True
+    upscale_from: int | None = None
 
     def __post_init__(self) -> None:
         inputs.check_count("batch", self.batch, MAX_BATCH)
@@ -136,6 +139,7 @@ class PlanRequest:
         if self.dtype is not None:
             parse_dtype(self.dtype)
         parse_limit(self.max_vram, self.margin)
+        check_upscale(self.upscale_from, None, None)
         self._check_tiling()
         if self.packing not in (True, False, AUTO):
             raise ValueError(f"packing must be true, false or auto, not {self.packing!r}.")
@@ -191,6 +195,7 @@ class Job:
         guidance: whether there is an unconditional branch.
         text_encoder: whether there is one in memory.
         packing: whether copies of weights in a CPU's layout can be kept.
+        small: (height, width) in pixels of the picture that comes first, with `upscale_from`.
     """
 
     request: PlanRequest
@@ -203,6 +208,7 @@ class Job:
     guidance: bool
     text_encoder: bool
     packing: bool
+    small: tuple[int, int] | None = None
 
 
 def make_job(config: SanaConfig, request: PlanRequest) -> Job:
@@ -229,8 +235,13 @@ def make_job(config: SanaConfig, request: PlanRequest) -> Job:
         model.image_size if request.width is None else request.width,
         factor=factor,
         image_size=model.image_size,
-        binning=request.use_resolution_binning,
+        binning=request.use_resolution_binning and request.upscale_from is None,
     )
+    small = None
+    if request.upscale_from is not None:
+        if sprint:
+            raise ValueError("upscale_from works with samplers of the flow only, and a Sprint model has none.")
+        small = small_size(size.model_height, size.model_width, request.upscale_from, factor)
     if request.tiling not in (AUTO, NONE) and int(request.tiling) % factor:
         raise ValueError(f"tiling {request.tiling} is no multiple of {factor}, the autoencoder's downsampling factor.")
     default = torch.float32 if request.device == "cpu" else parse_dtype(model.mixed_precision)
@@ -248,6 +259,7 @@ def make_job(config: SanaConfig, request: PlanRequest) -> Job:
         guidance=not sprint and request.guidance is not False,
         text_encoder=request.text_encoder and not precomputed,
         packing=request.device == "cpu" and request.packing is not False and pack_budget() > 0,
+        small=small,
     )
 
 

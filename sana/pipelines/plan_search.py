@@ -3,13 +3,14 @@
 Numbers come from `plan_stages.py`. The order of harm is documented at `search`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sana.pipelines import inputs
 from sana.pipelines.plan_request import AUTO, NONE, OFFLOADS, Job, format_memory, with_size
-from sana.pipelines.plan_stages import DECODE, DENOISE, TEXT, Estimator, Settings, Stage
+from sana.pipelines.plan_stages import DECODE, DENOISE, ENCODE, TEXT, Estimator, Settings, Stage
 
 TILES = (2048, 1536, 1024, 768, 512, 384, 256, 128)  # pixels; halos cost more the smaller a tile is
 SMALLER = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # of the sides, when nothing fits
@@ -172,7 +173,10 @@ def _in_group(estimate: Estimator, limit: int, rung: Settings, group: tuple[Plac
 
 
 def _with_decoding(estimate: Estimator, limit: int, settings: Settings) -> Settings | None:
-    """Returns the settings with the first way of decoding that fits; asks for no stage that cannot fit."""
+    """Returns the settings with the first way of decoding that fits, and of encoding where there is any.
+
+    No stage is asked for that cannot fit.
+    """
     for name in (TEXT, DENOISE):
         if name in estimate.stages and not _fits(estimate, limit, name, settings):
             return None
@@ -181,7 +185,7 @@ def _with_decoding(estimate: Estimator, limit: int, settings: Settings) -> Setti
         return None
 
     def needs(way: Settings) -> int:
-        return estimate.stage(DECODE, way).total
+        return max(estimate.stage(name, way).total for name in (ENCODE, DECODE) if name in estimate.stages)
 
     whole, tiled = [way for way in ways if way.tile is None], [way for way in ways if way.tile is not None]
     for way in whole:
@@ -304,7 +308,7 @@ def _smaller(estimate: Estimator, limit: int) -> str:
     job, factor = estimate.job, estimate.job.factor
     for share in SMALLER:
         height, width = (round(side * share / factor) * factor for side in (job.size.height, job.size.width))
-        if min(height, width) < max(MIN_SIDE, factor):
+        if min(height, width) < max(MIN_SIDE, factor) or (job.small and height * width <= math.prod(job.small)):
             return ""
         smaller = estimate.for_job(with_size(job, height, width))
         found = _search(smaller, limit) if _may_fit(smaller, limit) else None

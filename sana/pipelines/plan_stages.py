@@ -13,8 +13,9 @@ from sana.ops.packing import pack_budget
 from sana.pipelines.memory.networks import NetworkWeights
 from sana.pipelines.plan_request import Job
 
-TEXT, DENOISE, DECODE = "text encoding", "denoising", "decoding"
-NETWORKS = {TEXT: "text_encoder", DENOISE: "transformer", DECODE: "autoencoder"}  # in the order of their use
+TEXT, ENCODE, DENOISE, DECODE = "text encoding", "encoding", "denoising", "decoding"
+# In the order in which they need most: what comes before them for a small picture needs less.
+NETWORKS = {TEXT: "text_encoder", ENCODE: "autoencoder", DENOISE: "transformer", DECODE: "autoencoder"}
 
 
 class MemoryModel(Protocol):
@@ -24,6 +25,7 @@ class MemoryModel(Protocol):
     def encode_text(self, prompts: int, *, null: bool = True) -> int: ...
     def denoise(self, height: int, width: int, batch: int, *, guidance: bool = True, pag: bool = False) -> int: ...
     def decode(self, height: int, width: int, batch: int, *, tiling: Any = None) -> int: ...
+    def encode(self, height: int, width: int, batch: int, *, tiling: Any = None) -> int: ...
 
 
 MakeModel = Callable[[str | None, str | None], MemoryModel]  # (quantization, text_quantization) -> model
@@ -56,7 +58,7 @@ class Stage:
     """The memory of one stage, in bytes.
 
     Attributes:
-        name: "text encoding", "denoising" or "decoding".
+        name: "text encoding", "encoding" (of a small picture that was enlarged), "denoising" or "decoding".
         held: what stays on the device meanwhile -> its bytes. In a pipeline these are weights by network, a CPU's
             packed copies included.
         peak: the most that is allocated above them.
@@ -101,7 +103,13 @@ class Estimator:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of the job, in their order."""
-        return (TEXT, DENOISE, DECODE) if self.job.text_encoder else (DENOISE, DECODE)
+        absent = {TEXT: not self.job.text_encoder, ENCODE: self.job.small is None}
+        return tuple(stage for stage in NETWORKS if not absent.get(stage))
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks of the job, in the order of their first use."""
+        return tuple(NETWORKS[stage] for stage in (TEXT, DENOISE, DECODE) if stage in self.stages)
 
     def stage(self, name: str, settings: Settings) -> Stage:
         """Returns what a stage holds."""
@@ -120,12 +128,14 @@ class Estimator:
         if settings.offload != "none":
             network = NETWORKS[name]
             return {network: kept_by_offload(self._weights(network, settings), settings.offload)}
-        held = {NETWORKS[stage]: self._weights(NETWORKS[stage], settings).total for stage in self.stages}
+        held = {network: self._weights(network, settings).total for network in self.networks}
         if settings.packing:
-            budget = pack_budget()
-            for stage in self.stages[: self.stages.index(name) + 1]:  # copies are made when a network first runs
-                copies = min(self._weights(NETWORKS[stage], settings).packed, budget)
-                held[NETWORKS[stage]] += copies
+            budget, ran = pack_budget(), self.networks  # copies are made when a network first runs
+            if self.job.small is None or name == TEXT:
+                ran = ran[: ran.index(NETWORKS[name]) + 1]
+            for network in ran:
+                copies = min(self._weights(network, settings).packed, budget)
+                held[network] += copies
                 budget -= copies
         return held
 
@@ -133,7 +143,7 @@ class Estimator:
         """Returns the bytes of weights that offload keeps in the machine's memory."""
         if settings.offload == "none":
             return 0
-        return sum(self._weights(NETWORKS[stage], settings).total for stage in self.stages)
+        return sum(self._weights(network, settings).total for network in self.networks)
 
     def peak(self, name: str, settings: Settings) -> int:
         """Returns the bytes above the weights."""
@@ -150,9 +160,26 @@ class Estimator:
                     guidance=self.job.guidance, pag=self.job.request.pag,
                 ),
             )  # fmt: skip
+        if name == ENCODE:
+            return self._encode(settings)
         if settings.batch > 1 and self._singly(settings):
             return self._decode_singly(settings)
         return self._decode(settings)
+
+    def _encode(self, settings: Settings) -> int:
+        """Returns the peak of one enlarged picture after the other, beside all small ones and the latents made."""
+        assert self.job.small is not None
+        size, tile, factor = self.job.size, settings.tile, self.job.factor
+        height, width = size.model_height, size.model_width
+        small = 3 * self.job.small[0] * self.job.small[1] * 4  # float32, as are the latents
+        latents = self.job.latent_channels * (height // factor) * (width // factor) * 4
+        one = self._ask(
+            (ENCODE, size, tile),
+            lambda: self._model(ENCODE, settings).encode(
+                height, width, 1, tiling=None if tile is None else make_tiling(tile)
+            ),
+        )
+        return int(one + settings.batch * (small + latents))
 
     def _singly(self, settings: Settings) -> bool:
         """Whether the autoencoder takes the pictures of a batch one by one, see `Autoencoder.decode`."""
@@ -181,7 +208,7 @@ class Estimator:
         return max(made, joined, finished)
 
     def _weights(self, network: str, settings: Settings) -> NetworkWeights:
-        stage = next(one for one in NETWORKS if NETWORKS[one] == network)
+        stage = next(one for one in self.stages if NETWORKS[one] == network)
         schemes = self._schemes(stage, settings)
         return self._ask((network, schemes), lambda: self._model(stage, settings).weights(network))
 

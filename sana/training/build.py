@@ -61,9 +61,7 @@ def check_trainable(config: SanaConfig, extra: TrainExtra) -> None:
     if extra.save_pth and config.train.use_fsdp:
         raise ConfigError("train.extra.save_pth does not go with train.use_fsdp: the shards are never in one place.")
     if config.train.snr_loss:
-        raise ConfigError(
-            "train.snr_loss is true; it is for models of noise, and flow matching has weighting_scheme."
-        )
+        raise ConfigError("train.snr_loss is true; it is for models of noise, and flow matching has weighting_scheme.")
     if extra.checkpoint_ffn and config.train.grad_checkpointing:
         raise ConfigError(
             "train.extra.checkpoint_ffn and train.grad_checkpointing are both true: the second computes whole blocks "

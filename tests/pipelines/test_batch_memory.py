@@ -122,15 +122,18 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(unloaded):
 
 def test_a_start_from_a_small_picture_is_planned_with_its_encoding(unloaded):
     """The encoder needs more than the decoder: what the picture alone fits into gets tiles, and less is refused."""
-    large = ImageSize(512, 512, 512, 512)
+    large, factor = ImageSize(512, 512, 512, 512), unloaded.config.vae.vae_downsample_rate
     model = MemoryModel(unloaded.config, device="cpu", dtype=torch.float32)
     plain = plan_memory(unloaded, InferenceOptions(max_vram="10GB"), [large])
-    encoding = plain.stages[-1].resident + model.encode(512, 512, 1)
+    kept = 4 * (3 * 64 * 64 + unloaded.config.vae.vae_latent_dim * (512 // factor) ** 2)  # small picture, latents
+    encoding = plain.stages[-1].resident + model.encode(512, 512, 1) + kept
     assert plain.peak < encoding and plain.settings.tile is None
     limit = f"{encoding - 1}B"
     upscaled = plan_memory(unloaded, InferenceOptions(max_vram=limit, upscale_from=64), [large])
     assert upscaled.settings.tile is not None
-    tiles = make_tiling(upscaled.settings.tile)
-    assert upscaled.stages[-1].resident + model.encode(512, 512, 1, tiling=tiles) < encoding
-    with pytest.raises(MemoryLimitError, match="upscale_from encodes a picture of 512x512"):
-        plan_memory(unloaded, InferenceOptions(max_vram=limit, upscale_from=64, vae_tiling=False), [large])
+    tiles, stages = make_tiling(upscaled.settings.tile), {stage.name: stage for stage in upscaled.stages}
+    assert stages["encoding"].peak == model.encode(512, 512, 1, tiling=tiles) + kept
+    assert stages["encoding"].total < encoding
+    less = f"{model.encode(512, 512, 1)}B"  # nothing is left for weights
+    with pytest.raises(MemoryLimitError, match="encoding needs"):
+        plan_memory(unloaded, InferenceOptions(max_vram=less, upscale_from=64, vae_tiling=False), [large])

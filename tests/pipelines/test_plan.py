@@ -57,6 +57,20 @@ def test_the_text_is_a_table_whose_columns_end_together():
     assert len({len(row) for row in rows[:-1]}) == 1, "every row ends with the last column"
 
 
+def test_a_start_from_a_small_picture_is_planned():
+    plan = planned(max_vram="12GB", upscale_from=512)
+    assert [stage.name for stage in plan.stages] == ["text encoding", "encoding", "denoising", "decoding"]
+    assert plan.settings.tile is not None and planned(max_vram="12GB").settings.tile is None
+    assert "from 512 x 512 px" in plan.headline
+    with pytest.raises(MemoryLimitError, match="encoding needs") as error:
+        planned(max_vram="9GB", upscale_from=512, tiling="none", offload="none", quantization="none",
+                text_quantization="none")  # fmt: skip
+    assert error.value.stage == "encoding"
+    for side, message in ((1024, "makes no picture smaller"), (0, "must be a whole number")):
+        with pytest.raises(ValueError, match=message):
+            planned(upscale_from=side)
+
+
 def test_json_holds_bytes():
     shown = json.loads(json.dumps(planned(max_vram="3GB", batch=3).as_dict()))
     assert shown["needed"] <= shown["allowed"] == 3_000_000_000

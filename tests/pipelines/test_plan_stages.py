@@ -13,7 +13,17 @@ from sana.pipelines.memory.stages import MemoryModel
 from sana.pipelines.offload_units import units_of
 from sana.pipelines.options import BUNDLED_MODEL
 from sana.pipelines.plan_request import PlanRequest, make_job
-from sana.pipelines.plan_stages import DECODE, DENOISE, TEXT, Estimator, Settings, Stage, kept_by_offload, make_tiling
+from sana.pipelines.plan_stages import (
+    DECODE,
+    DENOISE,
+    ENCODE,
+    TEXT,
+    Estimator,
+    Settings,
+    Stage,
+    kept_by_offload,
+    make_tiling,
+)
 from sana.pipelines.sana_pipeline import SanaPipeline
 from tests.pipelines.plan_stand_in import M, Maker, large_config
 
@@ -50,6 +60,20 @@ def test_quantisation_concerns_its_own_network(estimate: Estimator):
     chosen = Settings(quantization="int8", text_quantization="nf4")
     held = {TEXT_ENCODER: 1250 * M, TRANSFORMER: 1500 * M, AUTOENCODER: 1000 * M}
     assert estimate.resident(DENOISE, chosen) == held
+
+
+def test_a_small_picture_that_comes_first_is_encoded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sana.pipelines.plan_stages.pack_budget", lambda: 10**12)
+    job = make_job(large_config(), PlanRequest(device="cpu", upscale_from=512))
+    estimate = Estimator(job, Maker())
+    assert estimate.stages == (TEXT, ENCODE, DENOISE, DECODE) and job.small == (512, 512)
+    beside = 4 * (3 * 512 * 512 + 32 * 32 * 32)  # of each picture: the small one, and latents of the large one
+    for settings, peak in ((Settings(batch=2), 3500), (Settings(tile=256), 500 + 200 + 512)):
+        assert estimate.peak(ENCODE, settings) == peak * M + settings.batch * beside
+    sums = [sum(estimate.resident(name, Settings(packing=True)).values()) // M for name in estimate.stages]
+    assert sums == [9000, 11000, 11000, 11000], "the small picture has used every network"
+    assert estimate.resident(ENCODE, Settings(offload="model")) == {AUTOENCODER: 1000 * M}
+    assert estimate.host(Settings(offload="model")) == 9000 * M
 
 
 def test_packed_copies_are_made_when_a_network_first_runs(monkeypatch: pytest.MonkeyPatch):
