@@ -295,6 +295,9 @@ def test_files_and_functions_are_short() -> None:
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef) and (length := code_length(node)) > 60:
                 broken.append(f"{path}:{node.lineno} {node.name} has {length} lines")
+    for test in (ROOT / "tests").rglob("*.py"):
+        if (lines := test.read_text(encoding="utf-8").count("\n")) > 400:
+            broken.append(f"{test.relative_to(ROOT)} has {lines} lines")
     assert broken == []
 
 

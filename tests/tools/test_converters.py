@@ -16,6 +16,7 @@ from sana.models.transformer.sana_cm import SanaMSCM
 from sana.models.weights import CheckpointError, load_state_dict, load_weights, read_metadata, save_checkpoint
 from sana.pipelines.sana_pipeline import SanaPipeline
 from tests.models.tiny_folder import tiny_metadata, tiny_state, tiny_transformer, write_tiny_folder
+from tests.tools.given_times import GivenAngles, GivenTimes
 from tools import convert_diffusers_to_sana, convert_sana_to_diffusers
 
 diffusers = pytest.importorskip("diffusers")
@@ -50,17 +51,6 @@ def theirs(folders: Path) -> Iterator[diffusers.SanaPipeline]:
 @pytest.fixture(scope="module")
 def latents() -> torch.Tensor:
     return torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(0))
-
-
-class GivenTimes(diffusers.DPMSolverMultistepScheduler):
-    """diffusers' solver on a given list of sigmas, with the timesteps that our model sees for them."""
-
-    given: torch.Tensor
-
-    def set_timesteps(self, num_inference_steps: int | None = None, device: object = None, **_: object) -> None:
-        super().set_timesteps(len(self.given) - 1)
-        self.sigmas = self.given
-        self.timesteps = (self.given[:-1] * 1000).long()
 
 
 def pictures(pipeline: diffusers.SanaPipeline, **arguments: object) -> torch.Tensor:
@@ -217,17 +207,6 @@ def test_a_sprint_model_computes_the_same_in_diffusers(tmp_path: Path) -> None:
         expected = network(latents, text, times, guidance=guidance * 0.1, return_dict=False)[0]
         plain = model(latents, times * 1000, text[:, None], data_info={"cfg_scale": guidance})
     assert (plain - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-6
-
-
-class GivenAngles(diffusers.SCMScheduler):
-    """diffusers' solver of Sprint models on a given list of angles, 0 at its end."""
-
-    given: tuple[float, ...]
-
-    def set_timesteps(self, num_inference_steps: int, *_: object, **__: object) -> None:
-        super().set_timesteps(
-            len(self.given) - 1, timesteps=list(self.given), max_timesteps=None, intermediate_timesteps=None
-        )
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from sana.training.checkpoint_folder import CheckpointIndex, latest_checkpoint
-from tests.training.distributed_runs import ROOT, Command, await_true, last_step, run_options, torchrun
+from tests.training.distributed_runs import ROOT, Command, await_true, run_options, torchrun
+from tests.training.run_results import last_step
 
 TRAIN, SHELL = "train_scripts/train.py", ["bash", "train_scripts/train.sh"]
 ACCELERATE = ["accelerate", "launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",

@@ -7,16 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.training.distributed_runs import (
-    Command,
-    assert_same,
-    await_true,
-    last_step,
-    launcher,
-    run_options,
-    state,
-    torchrun,
-)
+from tests.training.distributed_runs import Command, await_true, launcher, run_options, torchrun
+from tests.training.run_results import assert_same, last_step, state
 
 STEPS = 16
 PATIENT_STEPS = 60  # of runs that are watched from outside, for a watcher that may come late

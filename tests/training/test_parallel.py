@@ -10,17 +10,8 @@ from sana.models.autoencoder.dc_ae import DCAE, DCAEConfig
 from sana.pipelines.sana_pipeline import SanaPipeline
 from sana.training.checkpoint_folder import CheckpointIndex, latest_checkpoint
 from sana.training.scene_latents import SceneBatches
-from tests.training.distributed_runs import (
-    PICTURES,
-    Command,
-    assert_same,
-    descendants,
-    launcher,
-    logged,
-    run_options,
-    state,
-    torchrun,
-)
+from tests.training.distributed_runs import PICTURES, Command, descendants, launcher, run_options, torchrun
+from tests.training.run_results import assert_same, logged, state
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-6}  # fp32, after a few steps whose sums are taken in another order
 

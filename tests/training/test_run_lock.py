@@ -17,7 +17,8 @@ from sana.training import run_lock
 from sana.training.run_lock import LOCK_NAME, RunLock, WorkDirInUseError
 from sana.training.trainer import Trainer
 from tests.training.conftest import SHAPE
-from tests.training.distributed_runs import ROOT, Command, await_true, environment, last_step, launcher, run_options
+from tests.training.distributed_runs import ROOT, Command, await_true, environment, launcher, run_options
+from tests.training.run_results import last_step
 from train_scripts import train_dcae
 
 HOLDER = """

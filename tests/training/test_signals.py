@@ -7,18 +7,8 @@ import pytest
 
 from sana.training.checkpoint_folder import latest_checkpoint
 from sana.training.signals import REPEAT_SECONDS, SignalWatch, StoppedBySignal
-from tests.training.distributed_runs import (
-    Command,
-    alive,
-    assert_same,
-    await_true,
-    descendants,
-    last_step,
-    launcher,
-    run_options,
-    state,
-    torchrun,
-)
+from tests.training.distributed_runs import Command, alive, await_true, descendants, launcher, run_options, torchrun
+from tests.training.run_results import assert_same, last_step, state
 
 
 @pytest.fixture
