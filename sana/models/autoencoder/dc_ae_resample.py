@@ -63,8 +63,11 @@ class InterpolateUpsample(nn.Module):
         return is_plain(self.conv.conv) and x.dtype == torch.float32 and choose("auto", x) == "cpu"
 
     def folded(self, x: Tensor, repeats: int = 0) -> Tensor:
-        """The four convolutions of `subpixel_kernels`, interleaved."""
-        return interleave(conv2d_cpu(x, *self._kernels(repeats), padding=1))
+        """The four convolutions of `subpixel_kernels`, interleaved.
+
+        The border is a copy's: with padding of its own oneDNN rounds 2x2 convolutions of some sizes in another order.
+        """
+        return interleave(conv2d_cpu(F.pad(x, (1, 1, 1, 1)), *self._kernels(repeats)))
 
     def _kernels(self, repeats: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the four convolutions; kept for weights that are not trained, while they stay the same."""

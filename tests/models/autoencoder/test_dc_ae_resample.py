@@ -48,6 +48,17 @@ def test_upsampling_in_inference(name: str, shortcut: bool) -> None:
     assert_rms_close(layer(x), expected, what="after inference mode")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("wide", "narrow", "sizes"), [(128, 64, (200, 212)), (32, 3, (340, 450))])
+def test_a_part_of_an_image_is_rounded_as_the_whole(wide: int, narrow: int, sizes: tuple[int, ...]) -> None:
+    """At sizes for which oneDNN sums 2x2 convolutions with a border of their own in another order."""
+    layer = InterpolateUpsample(wide, narrow).requires_grad_(False)
+    image = torch.randn(1, wide, max(sizes), max(sizes)).to(memory_format=torch.channels_last)
+    inner = layer(image[..., :40, :40])[..., :78, :78]
+    for size in sizes:
+        assert torch.equal(layer(image[..., :size, :size])[..., :78, :78], inner), size
+
+
 def test_frozen_kernels_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, original = [], dc_ae_resample.subpixel_kernels
     monkeypatch.setattr(dc_ae_resample, "subpixel_kernels", lambda *args: calls.append(1) or original(*args))
