@@ -81,7 +81,7 @@ def _noise(pipeline: "SanaPipeline", request: "Request", generator: torch.Genera
     Raises:
         ValueError: the generator serves the steps too, or a small picture that comes first.
     """
-    config, sampler = pipeline.config, request.sampler or pipeline.config.scheduler.vis_sampler
+    sampler = request.sampler or pipeline.config.scheduler.vis_sampler
     if sampler not in DRAWS_ONCE or request.upscale_from is not None:
         raise ValueError(
             f"{images} pictures are made in several calls, as the plan says, and {sampler} with one generator would "
@@ -89,12 +89,12 @@ def _noise(pipeline: "SanaPipeline", request: "Request", generator: torch.Genera
         )
     if request.latents is not None:
         return request.latents
-    factor, model = pipeline.autoencoder.downsample_factor, config.model
+    factor = pipeline.autoencoder.downsample_factor
     size = inputs.plan_size(
-        model.image_size if request.height is None else request.height,
-        model.image_size if request.width is None else request.width,
+        request.height,
+        request.width,
         factor=factor,
-        image_size=model.image_size,
+        image_size=pipeline.config.model.image_size,
         binning=request.binning,
     )
     shape = (images, pipeline.autoencoder.latent_channels, size.model_height // factor, size.model_width // factor)

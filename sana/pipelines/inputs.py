@@ -35,12 +35,12 @@ class ImageSize:
         return (self.height, self.width) != (self.model_height, self.model_width)
 
 
-def plan_size(height: int, width: int, *, factor: int, image_size: int, binning: bool) -> ImageSize:
+def plan_size(height: int | None, width: int | None, *, factor: int, image_size: int, binning: bool) -> ImageSize:
     """Checks an image size and finds the one to generate.
 
     Args:
-        height: asked for, in pixels.
-        width: asked for, in pixels.
+        height: asked for, in pixels; None for `image_size`.
+        width: as `height`.
         factor: the autoencoder's downsampling factor.
         image_size: the resolution the model was trained for; names the table of trained shapes.
         binning: generate the trained shape whose height / width ratio is nearest, then resize and crop. Without effect
@@ -49,6 +49,7 @@ def plan_size(height: int, width: int, *, factor: int, image_size: int, binning:
     Raises:
         ValueError: a side is not a whole number in [factor, 16384], or no multiple of factor while binning is off.
     """
+    height, width = (image_size if side is None else side for side in (height, width))
     for name, side in (("height", height), ("width", width)):
         if isinstance(side, bool) or not isinstance(side, int) or not factor <= side <= MAX_SIDE:
             raise ValueError(f"{name} must be a whole number of pixels from {factor} to {MAX_SIDE}, not {side!r}.")

@@ -231,8 +231,8 @@ def make_job(config: SanaConfig, request: PlanRequest) -> Job:
         )
     factor = vae.vae_downsample_rate
     size = inputs.plan_size(
-        model.image_size if request.height is None else request.height,
-        model.image_size if request.width is None else request.width,
+        request.height,
+        request.width,
         factor=factor,
         image_size=model.image_size,
         binning=request.use_resolution_binning and request.upscale_from is None,

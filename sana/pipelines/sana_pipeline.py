@@ -223,8 +223,8 @@ class SanaPipeline(Compilable, Offloadable, Plannable, Quantizable):
         self._check_sampler(name, sampler)
         request = replace(request, num_inference_steps=request.num_inference_steps or DEFAULT_STEPS[name])
         size = inputs.plan_size(
-            self.config.model.image_size if request.height is None else request.height,
-            self.config.model.image_size if request.width is None else request.width,
+            request.height,
+            request.width,
             factor=self.autoencoder.downsample_factor,
             image_size=self.config.model.image_size,
             binning=request.binning,

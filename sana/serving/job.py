@@ -141,12 +141,11 @@ def check(pipeline: SanaPipeline, request: Request) -> inputs.ImageSize:
     attention = pipeline.config.model.attn_type
     if request.pag > 1.0 and plain_kind(attention)[0] != "linear":
         raise ValueError(f"pag needs linear attention, and this model has {attention!r}.")
-    own = pipeline.config.model.image_size
     return inputs.plan_size(
-        _first(request.height, own),
-        _first(request.width, own),
+        request.height,
+        request.width,
         factor=pipeline.autoencoder.downsample_factor,
-        image_size=own,
+        image_size=pipeline.config.model.image_size,
         binning=request.binning,
     )
 
